@@ -1,0 +1,378 @@
+"""The ascent: from a gradient to the perturbation. The only home of the formula."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax import tree_util as jtu
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from asam_jax import _checks
+from asam_jax import _normalization as _n
+
+
+class AscentState(NamedTuple):
+  """State of :func:`ascent`.
+
+  Attributes:
+    count: the number of steps taken, an int32 scalar; schedules are read at it.
+    sharpness: the first-order sharpness rho ||T_w g||_q of the last step, in the
+      unit of the loss: a float32 scalar (float64 if a parameter is).
+  """
+
+  count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+  sharpness: jax.Array
+
+
+def ascent(
+    rho: optax.ScalarOrSchedule = 0.5,
+    eta: optax.ScalarOrSchedule = 0.01,
+    p: float = 2,
+    *,
+    normalization: _n.Normalization = "elementwise",
+    normalize: _n.LeafSelection | None = None,
+    perturb: _n.LeafSelection | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""The perturbation of ASAM as a link: gradient in, perturbation out.
+
+  For :math:`1/p + 1/q = 1` and a gradient :math:`g`, it returns
+
+  .. math::
+
+    \hat\epsilon = \rho \, T_w \, \mathrm{sign}(g)
+      \left(\frac{|T_w g|}{\|T_w g\|_q}\right)^{q-1},
+
+  the maximizer of :math:`\langle g, \epsilon\rangle` subject to
+  :math:`\|T_w^{-1}\epsilon\|_p \le \rho`. The norm is global, over the whole
+  pytree. At p = 2 this is :math:`\rho T_w^2 g / \|T_w g\|_2`, at p = inf
+  :math:`\rho T_w \mathrm{sign}(g)`, and at p = 1 all of rho goes to the (first)
+  weight with the largest :math:`|T_w g|`.
+
+  Sums run in float32 at least. A zero gradient gives a zero perturbation. NaN or
+  inf in the gradient gives NaN in the perturbation.
+
+  The sign is that of ascent: the result is to be *added* to the parameters.
+
+  Args:
+    rho: the radius of the perturbation, >= 0, in the unit of ``T_w^{-1} w``
+      (none, for the elementwise T_w): a number, a traced scalar, or a schedule of
+      the step count.
+    eta: the stabilizer, >= 0, added to the diagonal of T_w, in the unit of the
+      weights; the same types as rho. The official code's class has 0.01, its
+      script for CIFAR 0.
+    p: the norm's exponent, a number in [1, inf].
+    normalization: the operator T_w: ``"elementwise"``, ``"filterwise"``,
+      ``"layerwise"``, ``"none"`` (T = 1, plain SAM), or a function
+      ``(w, eta) -> T`` of one leaf (in float32 at least), whose result broadcasts
+      to the leaf.
+    normalize: the leaves that get T_w, a pytree of bools or a predicate
+      ``(path, leaf) -> bool`` with JAX's key paths; the others get T = 1. By
+      default every leaf but biases (:func:`asam_jax.is_not_bias`).
+    perturb: the leaves that are perturbed at all, given likewise; by default all.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs`` with state :class:`AscentState`.
+    Its update needs ``params``; the result has their structure and dtypes.
+
+  Raises:
+    ValueError: if rho or eta is negative or not finite, p is below 1, the operator
+      is unknown, or (in ``update``) params are missing.
+    TypeError: if p is no Python number or (in ``init`` and ``update``) a perturbed
+      leaf is not a real float array.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import asam_jax
+    >>> params = {"kernel": jnp.array([2.0, 0.5]), "bias": jnp.array([0.0])}
+    >>> grads = {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([0.0])}
+    >>> tx = asam_jax.ascent(rho=0.1, eta=0.0)
+    >>> epsilon, state = tx.update(grads, tx.init(params), params)
+    >>> print(epsilon["kernel"].tolist())
+    [0.1897, 0.0158]
+    >>> print(f"{state.sharpness:.4f}")  # rho ||T g||_2 = 0.1 sqrt(6^2 + 2^2)
+    0.6325
+
+  References:
+    Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for
+    Scale-Invariant Learning of Deep Neural Networks
+    <https://arxiv.org/abs/2102.11600>`_, 2021
+
+    Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
+    Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
+  """
+  _checks.scalar("rho", rho)
+  _checks.scalar("eta", eta)
+  _checks.exponent(p)
+  _n.resolve_operator(normalization)
+
+  def rules_of(params: optax.Params) -> list[_n.LeafRule]:
+    _checks.whole(params)
+    rules = _n.leaf_rules(params, normalization, normalize, perturb)
+    for rule in rules:
+      if rule.perturbed:
+        _checks.real(rule)
+    return rules
+
+  def init_fn(params: optax.Params) -> AscentState:
+    return AscentState(
+        count=jnp.zeros((), jnp.int32),
+        sharpness=jnp.zeros((), sum_dtype(rules_of(params))),
+    )
+
+  def update_fn(updates, state, params=None, **extra_args):
+    del extra_args
+    if params is None:
+      raise ValueError(
+          "params=None: the perturbation depends on the parameters; call"
+          " update(grads, state, params, ...)."
+      )
+    epsilon, sharpness = perturbation(
+        updates,
+        params,
+        rules_of(params),
+        rho(state.count) if callable(rho) else rho,
+        eta(state.count) if callable(eta) else eta,
+        p,
+    )
+    count = jnp.asarray(optax.safe_increment(state.count))
+    return epsilon, AscentState(count, sharpness.astype(state.sharpness.dtype))
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def perturbation(
+    grads: optax.Updates,
+    params: optax.Params,
+    rules: Sequence[_n.LeafRule],
+    rho: Any,
+    eta: Any,
+    p: float,
+) -> tuple[optax.Updates, jax.Array]:
+  """The closed form: (epsilon, rho ||T_w g||_q)."""
+  treedef = jtu.tree_structure(params)
+  if jtu.tree_structure(grads) != treedef:
+    raise TypeError(
+        f"the gradient has the structure {jtu.tree_structure(grads)}, but params"
+        f" have {treedef}; pass the gradient with respect to these params."
+    )
+  ws, gs = jtu.tree_leaves(params), jtu.tree_leaves(grads)
+  chosen = [i for i, rule in enumerate(rules) if rule.perturbed and jnp.size(ws[i])]
+  for i in chosen:
+    _checks.gradient(rules[i], gs[i])
+  dtype = sum_dtype(rules)
+  links = _Links.build([rules[i] for i in chosen], [gs[i] for i in chosen], eta, dtype)
+  rho = jnp.asarray(rho, dtype)
+
+  if not chosen:
+    epsilons, norm = [], jnp.zeros((), dtype)
+  elif p == 1:
+    epsilons, norm = _largest_coordinate(links, rho)
+  elif p == 2:
+    epsilons, norm = _euclidean(links, rho)
+  elif math.isinf(p):
+    epsilons = links.map(lambda w, g, t: rho * t * _sign(g))
+    norm = _total(links.map(lambda w, g, t: jnp.abs(t * g)))
+  else:
+    epsilons, norm = _general(links, rho, p / (p - 1))
+
+  result = [jnp.zeros_like(w) for w in ws]
+  for i, epsilon in zip(chosen, epsilons, strict=True):
+    result[i] = epsilon.astype(result[i].dtype)
+  return jtu.tree_unflatten(treedef, result), rho * norm
+
+
+@functools.partial(
+    jtu.register_dataclass,
+    data_fields=["ws", "gs", "kept", "eta"],
+    meta_fields=["operators"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Links:
+  """The perturbed leaves: weights, gradients, and how to get T from a weight.
+
+  T and T g are not stored. Memory traffic, not arithmetic, is what this costs, so
+  each pass computes them afresh, and a barrier keeps XLA from merging the passes.
+  Only a T that is smaller than its leaf (a norm per filter) is kept.
+  """
+
+  ws: list[jax.Array]
+  gs: list[jax.Array]
+  kept: list[jax.Array | None]
+  eta: jax.Array
+  operators: tuple[_n.Operator, ...]
+
+  @classmethod
+  def build(cls, rules, gs, eta, dtype) -> "_Links":
+    # One dtype for all, float32 at least: half precision neither sums nor squares
+    # safely.
+    ws = [jnp.asarray(rule.leaf, dtype) for rule in rules]
+    gs = [jnp.asarray(g, dtype) for g in gs]
+    eta = jnp.asarray(eta, dtype)
+    kept = []
+    for rule, w in zip(rules, ws, strict=True):
+      smaller = _factor_size(rule, w, eta) < w.size
+      keep = smaller and rule.operator is not _n.none  # XLA drops a factor of 1
+      kept.append(jnp.asarray(rule.operator(w, eta), dtype) if keep else None)
+    return cls(ws, gs, kept, eta, tuple(rule.operator for rule in rules))
+
+  def map(self, fun: Callable[..., jax.Array]) -> list[jax.Array]:
+    """``fun(w, g, t)`` for each leaf."""
+    results = []
+    for w, g, kept, operator in zip(
+        self.ws, self.gs, self.kept, self.operators, strict=True
+    ):
+      results.append(fun(w, g, operator(w, self.eta) if kept is None else kept))
+    return results
+
+  def after(self, *values: jax.Array) -> tuple[Any, ...]:
+    """These links and values, behind a barrier."""
+    ws, gs, values = lax.optimization_barrier((self.ws, self.gs, values))
+    return dataclasses.replace(self, ws=ws, gs=gs), *values
+
+
+def _factor_size(rule: _n.LeafRule, w: jax.Array, eta: jax.Array) -> int:
+  """The number of entries of T for one leaf, checked to broadcast to it."""
+  shape = jax.eval_shape(rule.operator, w, eta).shape
+  try:
+    fits = np.broadcast_shapes(shape, w.shape) == w.shape
+  except ValueError:
+    fits = False
+  if not fits:
+    raise ValueError(
+        f"normalization={rule.operator!r} gives T of shape {shape} for the leaf"
+        f" {jtu.keystr(rule.path)} of shape {w.shape}; T must broadcast to the"
+        " leaf's shape."
+    )
+  return math.prod(shape)
+
+
+def _euclidean(links: _Links, rho: jax.Array):
+  """For p = 2: rho T^2 g / ||T g||_2."""
+  norm, scale = _euclidean_norm(links)
+  links, norm, scale = links.after(norm, scale)
+  # The norm is that of scale * T g. Zero: no direction, no perturbation. Not
+  # finite: NaN everywhere, for x / inf would silently spare the finite leaves.
+  ratio = jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1), 0)
+  ratio = jnp.where(jnp.isfinite(norm), ratio, jnp.nan)
+  # Two factors, for their product may leave the range where neither does.
+  return links.map(lambda w, g, t: g * scale * ratio * t * t), norm / scale
+
+
+@jax.custom_jvp
+def _euclidean_norm(links: _Links) -> tuple[jax.Array, jax.Array]:
+  """(||scale T g||_2, scale) with a power of two that keeps squares in range.
+
+  The scale is 1 unless the sum of squares leaves the range of its dtype; then the
+  loop takes a second turn with another scale. In the ordinary case it runs once,
+  and all it costs is one product per weight.
+  """
+  dtype = links.eta.dtype
+  exponent = 5 * jnp.finfo(dtype).maxexp // 8
+  big, small = 2.0**exponent, 2.0**-exponent
+  # Below this sum, squares that matter may have been flushed to zero.
+  lowest = 2.0 ** (-7 * exponent // 8)
+
+  def try_scale(carry):
+    scale, _, _ = carry
+    # Behind a barrier, or else XLA hoists T out of the loop and into memory.
+    total = _sum_of_squares(*links.after(scale))
+    better = jnp.where(total < lowest, big, jnp.where(jnp.isinf(total), small, 1))
+    again = (scale == 1) & (better != 1)
+    return jnp.where(again, better.astype(dtype), scale), total, again
+
+  start = (jnp.ones((), dtype), jnp.zeros((), dtype), jnp.array(True))
+  scale, total, _ = lax.while_loop(
+      lambda carry: carry[2], try_scale, _vary_as(start, links)
+  )
+  return jnp.sqrt(total), scale
+
+
+@_euclidean_norm.defjvp
+def _euclidean_norm_jvp(primals, tangents):
+  # A while loop has no reverse mode; at a known scale none is needed.
+  norm, scale = _euclidean_norm(*primals)
+
+  def norm_at_scale(links):
+    total = _sum_of_squares(links, scale)
+    return jnp.sqrt(jnp.where(total > 0, total, 1))  # no slope at zero
+
+  _, slope = jax.jvp(norm_at_scale, primals, tangents)
+  return (norm, scale), (slope, jnp.zeros_like(scale))
+
+
+def _sum_of_squares(links: _Links, scale: jax.Array) -> jax.Array:
+  # The scale goes to the gradient first: the product with T may overflow too.
+  return _total(links.map(lambda w, g, t: jnp.square(g * scale * t)))
+
+
+def _general(links: _Links, rho: jax.Array, q: float):
+  """For 1 < p < inf: powers of |T g|, taken relative to the largest one."""
+  peak = jnp.max(_peaks(links))
+  links, peak = links.after(peak)
+  unit = jnp.where(peak == 0, 1, peak)
+  total = _total(links.map(lambda w, g, t: jnp.abs(t * g / unit) ** q))
+  links, unit, total = links.after(unit, total)
+  norm = jnp.where(total == 0, 1, total) ** (1 / q)
+
+  def epsilon(w, g, t):
+    share = jnp.abs(t * g / unit) / norm
+    return rho * t * _sign(g) * share ** (q - 1)
+
+  return links.map(epsilon), peak * norm
+
+
+def _largest_coordinate(links: _Links, rho: jax.Array):
+  """For p = 1: all of rho on the first weight with the largest |T g|."""
+  peaks = _peaks(links)
+  first_leaf = jnp.argmax(peaks)
+  epsilons = links.map(
+      lambda w, g, t: jnp.where(
+          jnp.arange(w.size).reshape(w.shape) == jnp.argmax(jnp.abs(t * g)),
+          rho * t * _sign(g),
+          0,
+      )
+  )
+  epsilons = [
+      jnp.where(first_leaf == i, epsilon, 0) for i, epsilon in enumerate(epsilons)
+  ]
+  return epsilons, jnp.max(peaks)
+
+
+def _peaks(links: _Links) -> jax.Array:
+  return jnp.stack(links.map(lambda w, g, t: jnp.max(jnp.abs(t * g))))
+
+
+def _total(leaves: Sequence[jax.Array]) -> jax.Array:
+  first, *others = [jnp.sum(leaf) for leaf in leaves]
+  return sum(others, start=first)
+
+
+def _sign(g: jax.Array) -> jax.Array:
+  """sign(g), but NaN for an infinite gradient, which has no direction."""
+  return jnp.where(jnp.isinf(g), jnp.nan, jnp.sign(g))
+
+
+def sum_dtype(rules: Sequence[_n.LeafRule]) -> Any:
+  """Float32, or float64 if a perturbed leaf is."""
+  dtypes = [_checks.dtype_of(rule.leaf) for rule in rules if rule.perturbed]
+  return jnp.result_type(jnp.float32, *dtypes)
+
+
+def _vary_as(tree: Any, like: Any) -> Any:
+  """Gives constants the mesh axes that ``like`` varies over, under shard_map."""
+  if not hasattr(jax, "typeof"):
+    return tree
+  axes = frozenset[str]().union(
+      *(getattr(jax.typeof(x), "vma", ()) for x in jtu.tree_leaves(like))
+  )
+  if not axes:
+    return tree
+  if hasattr(lax, "pcast"):
+    return lax.pcast(tree, tuple(axes), to="varying")
+  return getattr(lax, "pvary")(tree, tuple(axes))  # noqa: B009  (JAX before 0.8)
