@@ -139,11 +139,12 @@ def resolve_operator(normalization: Normalization) -> Operator:
 
 
 def _last_name(path: Any) -> str:
-  """The last name in a key path, without the wrappers that NNX puts behind it."""
+  """A leaf's own name, without the wrappers that NNX puts behind it."""
   for key in reversed(path):
     name = getattr(key, "key", getattr(key, "name", None))
-    if isinstance(name, str) and name not in ("value", "raw_value"):
-      return name
+    wrapper = name in ("value", "raw_value") or isinstance(key, jtu.FlattenedIndexKey)
+    if not wrapper:
+      return name if isinstance(name, str) else ""
   return ""
 
 

@@ -1,0 +1,183 @@
+"""What the tests share: the NumPy oracle, test problems, the optimizer table."""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import asam_jax
+
+# jax.enable_x64 is new, and the experimental name is deprecated since.
+if hasattr(jax, "enable_x64"):
+  enable_x64 = jax.enable_x64
+else:
+  from jax.experimental import enable_x64  # pyright: ignore # noqa: F401
+
+
+# The oracle: the equations in float64 NumPy, for a flat list of leaves.
+
+
+def oracle_factor(w: Any, eta: float, operator: str, filter_axis: int = -1) -> Any:
+  """The diagonal of T_w for one leaf."""
+  w = np.asarray(w, np.float64)
+  if operator == "none":
+    return np.ones_like(w)
+  if operator == "layerwise":
+    return np.full_like(w, math.sqrt(float((w * w).sum())) + eta)
+  if operator == "filterwise" and w.ndim >= 3:
+    filters = np.moveaxis(w, filter_axis, 0)
+    result = np.empty_like(filters)
+    for index, one in enumerate(filters):
+      result[index] = np.linalg.norm(one.ravel()) + eta
+    return np.moveaxis(result, 0, filter_axis)
+  return np.abs(w) + eta
+
+
+def oracle_norm(xs: list[Any], p: float) -> float:
+  flat = np.concatenate([np.abs(np.asarray(x, np.float64)).ravel() for x in xs])
+  return float(np.linalg.norm(flat, p))
+
+
+def oracle_perturbation(
+    gs: list[Any], ts: list[Any], rho: float, p: float
+) -> tuple[list[Any], float]:
+  """(epsilon, rho ||T g||_q) from the formulas of the paper."""
+  gs = [np.asarray(g, np.float64) for g in gs]
+  tgs = [t * g for t, g in zip(ts, gs, strict=True)]
+  q = math.inf if p == 1 else 1.0 if math.isinf(p) else p / (p - 1)
+  norm = oracle_norm(tgs, q)
+  if norm == 0:
+    return [np.zeros_like(g) for g in gs], 0.0
+  if p == 1:
+    epsilons = [np.zeros_like(g) for g in gs]
+    for epsilon, tg, t in zip(epsilons, tgs, ts, strict=True):
+      hits = np.flatnonzero(np.abs(tg).ravel() == norm)
+      if hits.size:
+        here = np.unravel_index(hits[0], tg.shape)
+        epsilon[here] = rho * t[here] * np.sign(tg[here])
+        break
+    return epsilons, rho * norm
+  return [
+      rho * t * np.sign(g) * (np.abs(tg) / norm) ** (q - 1)
+      for g, t, tg in zip(gs, ts, tgs, strict=True)
+  ], rho * norm
+
+
+# Problems that optimizers must solve.
+
+
+class Problem(NamedTuple):
+  """A loss of a pytree with its start and the loss to get below."""
+
+  loss: Callable[[Any], jax.Array]
+  start: Any
+  goal: float
+
+
+def rosenbrock() -> Problem:
+  def loss(params):
+    x, y = params["x"], params["y"]
+    return (1 - x) ** 2 + 100.0 * (y - x**2) ** 2
+
+  start = {"x": jnp.array(-0.5), "y": jnp.array(0.8)}
+  return Problem(loss, start, goal=0.05)
+
+
+def quadratic() -> Problem:
+  target = jnp.array([1.0, -2.0, 3.0])
+
+  def loss(params):
+    return jnp.sum((params["w"] - target) ** 2) + jnp.sum(params["bias"] ** 2)
+
+  return Problem(loss, {"w": jnp.ones(3), "bias": jnp.ones(2)}, goal=0.01)
+
+
+def regression() -> Problem:
+  """A small ReLU network with a kernel of rank 4, one of rank 2 and biases."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  x = jax.random.normal(keys[0], (16, 6, 6, 1))
+  y = jnp.sin(x.sum((1, 2, 3)))
+  start = {
+      "conv": {
+          "kernel": 0.4 * jax.random.normal(keys[1], (3, 3, 1, 4)),
+          "bias": jnp.zeros(4),
+      },
+      "dense": {
+          "kernel": 0.3 * jax.random.normal(keys[2], (64, 1)),
+          "bias": jnp.zeros(1),
+      },
+  }
+
+  def loss(params):
+    hidden = jax.lax.conv_general_dilated(
+        x, params["conv"]["kernel"], (1, 1), "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    hidden = jax.nn.relu(hidden + params["conv"]["bias"]).reshape(16, -1)
+    out = hidden @ params["dense"]["kernel"] + params["dense"]["bias"]
+    return jnp.mean((out[:, 0] - y) ** 2)
+
+  return Problem(loss, start, goal=0.1)
+
+
+PROBLEMS = {
+    "quadratic": quadratic,
+    "rosenbrock": rosenbrock,
+    "regression": regression,
+}
+
+
+# The table of optimizers: one row for each. `make(base_tx, rho)` returns the
+# optimizer. A row holds for every property in test_properties.py.
+
+
+class Row(NamedTuple):
+  """One optimizer: ``make(base_tx, rho)``, a usual rho, gradients per step."""
+
+  make: Callable[..., optax.GradientTransformationExtraArgs]
+  rho: float
+  needs_grad_fn: bool = True
+
+
+def _adaptive(**options: Any) -> Callable[..., Any]:
+  return lambda base_tx, rho: asam_jax.adaptive_sam(base_tx, rho, **options)
+
+
+OPTIMIZERS: dict[str, Row] = {
+    "asam": Row(_adaptive(), 0.01),
+    "asam_p1": Row(_adaptive(p=1), 0.01),
+    "asam_p3": Row(_adaptive(p=3), 0.01),
+    "asam_pinf": Row(_adaptive(p=math.inf), 0.002),
+    "asam_filterwise": Row(_adaptive(normalization="filterwise"), 0.01),
+    "asam_layerwise": Row(_adaptive(normalization="layerwise"), 0.005),
+    "asam_all_leaves": Row(_adaptive(normalize=lambda path, leaf: True), 0.01),
+    "asam_no_bias": Row(_adaptive(perturb=asam_jax.is_not_bias), 0.01),
+    "sam": Row(lambda base_tx, rho: asam_jax.sam(base_tx, rho), 0.01),
+    "chain_of_links": Row(
+        lambda base_tx, rho: optax.chain(
+            asam_jax.perturbed_gradient(
+                optax.chain(optax.ema(0.9), asam_jax.ascent(rho))
+            ),
+            base_tx,
+        ),
+        0.01,
+    ),
+}
+
+
+def step_function(
+    tx: Any, loss: Callable[..., Any], row: Row
+) -> Callable[..., tuple[Any, Any]]:
+  """``(params, state) -> (params, state)``, as a user would write it."""
+
+  def step(params, state):
+    grads = jax.grad(loss)(params)
+    extra = {"grad_fn": jax.grad(loss)} if row.needs_grad_fn else {}
+    updates, state = tx.update(grads, state, params, **extra)
+    return optax.apply_updates(params, updates), state
+
+  return step

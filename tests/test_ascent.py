@@ -1,0 +1,377 @@
+"""The perturbation against the equations, and what makes it the right one."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import asam_jax
+from tests import problems
+
+EXPONENTS = [1, 1.2, 1.5, 2, 3, 7, math.inf]
+OPERATORS = ["elementwise", "filterwise", "layerwise", "none"]
+SHAPES = [(3, 3, 2, 4), (5, 4), (6,), (), (2, 3, 4), (1,)]
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+def random_tree(leaves, dtypes=DTYPES, seed=0):
+  """Weights and gradients with leaves of mixed rank, dtype and name."""
+  rng = np.random.default_rng(seed)
+  params, grads = {}, {}
+  for i in range(leaves):
+    name = "bias" if i % 5 == 4 else "kernel"
+    shape, dtype = SHAPES[i % len(SHAPES)], dtypes[i % len(dtypes)]
+    params[f"layer{i:02d}"] = {name: jnp.asarray(rng.normal(size=shape), dtype)}
+    grads[f"layer{i:02d}"] = {name: jnp.asarray(rng.normal(size=shape), dtype)}
+  return params, grads
+
+
+def factors(params, eta, operator):
+  """T of every leaf by the oracle, under the official selection."""
+  return [
+      problems.oracle_factor(w, eta, "none" if "bias" in layer else operator)
+      for layer in params.values()
+      for w in layer.values()
+  ]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_perturbation_is_the_oracles(p, operator):
+  tx = asam_jax.ascent(0.7, 0.01, p, normalization=operator)
+  for leaves in (1, 7, 60):
+    params, grads = random_tree(leaves)
+    epsilon, state = tx.update(grads, tx.init(params), params)
+    ts = factors(params, 0.01, operator)
+    expected, sharpness = problems.oracle_perturbation(
+        jax.tree.leaves(grads), ts, 0.7, p
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(epsilon, params)
+    for got, want in zip(jax.tree.leaves(epsilon), expected, strict=True):
+      # One rounding to the leaf's dtype, and float32 arithmetic before it.
+      rtol = max(float(jnp.finfo(got.dtype).eps), 2e-5)
+      atol = 1e-7 if got.dtype == jnp.float16 else 1e-12  # float16's denormals
+      np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol, atol)
+    np.testing.assert_allclose(state.sharpness, sharpness, rtol=1e-5)
+    assert state.count == 1
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_perturbation_has_radius_rho(p, operator):
+  params, grads = random_tree(9, [jnp.float32])
+  tx = asam_jax.ascent(0.3, 0.1, p, normalization=operator)
+  epsilon, _ = tx.update(grads, tx.init(params), params)
+  ts = factors(params, 0.1, operator)
+  scaled = [
+      np.asarray(e, np.float64) / t
+      for e, t in zip(jax.tree.leaves(epsilon), ts, strict=True)
+  ]
+  np.testing.assert_allclose(problems.oracle_norm(scaled, p), 0.3, rtol=2e-5)
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_no_feasible_point_does_better(p):
+  params, grads = random_tree(6, [jnp.float32])
+  rho = 0.3
+  tx = asam_jax.ascent(rho, 0.01, p)
+  epsilon, state = tx.update(grads, tx.init(params), params)
+
+  def flat(tree):
+    return np.concatenate(
+        [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
+    )
+
+  g, t = flat(grads), flat(factors(params, 0.01, "elementwise"))
+  value = flat(epsilon) @ g
+  np.testing.assert_allclose(value, state.sharpness, rtol=1e-5)
+
+  # On the sphere of radius rho, in every degree of concentration.
+  rng = np.random.default_rng(0)
+  deltas = rng.normal(size=(10_000, g.size))
+  deltas = np.sign(deltas) * np.abs(deltas) ** rng.uniform(0, 6, (10_000, 1))
+  deltas *= rho / np.linalg.norm(deltas, p, axis=1, keepdims=True)
+  assert value >= ((deltas * t) @ g).max()
+  # The same with all signs right, which is harder to beat.
+  assert value >= ((np.abs(deltas) * t) @ np.abs(g)).max() * (1 - 1e-6)
+
+  # Ascent with a retraction to the sphere, from many starts.
+  for delta in deltas[:20]:
+    for _ in range(200):
+      delta = delta + 0.05 * t * g
+      delta *= rho / np.linalg.norm(delta, p)
+      assert value >= (delta * t) @ g * (1 - 1e-6)
+
+
+def test_p1_takes_the_first_of_equals():
+  params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+  grads = {"a": jnp.array([1.0, -2.0, 2.0]), "b": jnp.array([2.0, 0.0, 0.0])}
+  tx = asam_jax.ascent(0.5, 0.0, 1)
+  epsilon, _ = tx.update(grads, tx.init(params), params)
+  chex.assert_trees_all_equal(
+      epsilon, {"a": jnp.array([0.0, -0.5, 0.0]), "b": jnp.zeros(3)}
+  )
+
+
+def test_filter_axis():
+  import functools
+
+  rng = np.random.default_rng(0)
+  w, g = rng.normal(size=(2, 4, 3, 3, 5)).astype(np.float32)
+  for axis in (-1, 0, 1):
+    operator = functools.partial(asam_jax.filterwise, filter_axis=axis)
+    tx = asam_jax.ascent(0.5, 0.1, normalization=operator)
+    epsilon, _ = tx.update(jnp.asarray(g), tx.init(jnp.asarray(w)), jnp.asarray(w))
+    t = problems.oracle_factor(w, 0.1, "filterwise", axis)
+    (expected,), _ = problems.oracle_perturbation([g], [t], 0.5, 2)
+    np.testing.assert_allclose(epsilon, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, math.inf])
+def test_own_operator(p):
+  params, grads = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}, {"w": jnp.ones((2, 2))}
+
+  def columnwise(w, eta):
+    return jnp.max(jnp.abs(w), axis=0) + eta
+
+  tx = asam_jax.ascent(0.5, 1.0, p, normalization=columnwise)
+  epsilon, _ = tx.update(grads, tx.init(params), params)
+  t = np.broadcast_to([4.0, 5.0], (2, 2))
+  (expected,), _ = problems.oracle_perturbation([np.ones((2, 2))], [t], 0.5, p)
+  np.testing.assert_allclose(epsilon["w"], expected, rtol=1e-5)
+
+
+def test_own_operator_must_broadcast():
+  w = jnp.ones((2, 3))
+  for shape in ((2,), (4, 2, 3)):
+    tx = asam_jax.ascent(normalization=lambda w, eta, shape=shape: jnp.ones(shape))
+    with pytest.raises(ValueError, match="must broadcast"):
+      tx.update(w, tx.init(w), w)
+
+
+# Where T and the gradient are zero, small, large or not numbers.
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_zero_gradient_gives_zero(p, operator):
+  params, grads = random_tree(6)
+  grads = jax.tree.map(jnp.zeros_like, grads)
+  tx = asam_jax.ascent(0.5, 0.0, p, normalization=operator)
+  epsilon, state = tx.update(grads, tx.init(params), params)
+  chex.assert_trees_all_equal(epsilon, grads)
+  assert state.sharpness == 0
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_zero_weights(p, operator):
+  params = {"w": jnp.zeros((3, 3, 2, 2)), "v": jnp.array([0.0, 2.0])}
+  grads = {"w": jnp.ones((3, 3, 2, 2)), "v": jnp.array([3.0, 1.0])}
+  for eta in (0.0, 0.01):
+    tx = asam_jax.ascent(0.5, eta, p, normalization=operator)
+    epsilon, _ = tx.update(grads, tx.init(params), params)
+    ts = [
+        problems.oracle_factor(w, eta, operator) for w in (params["v"], params["w"])
+    ]
+    expected, _ = problems.oracle_perturbation(
+        [grads["v"], grads["w"]], ts, 0.5, p
+    )
+    np.testing.assert_allclose(epsilon["v"], expected[0], rtol=1e-4)
+    np.testing.assert_allclose(epsilon["w"], expected[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_radius_at_any_magnitude_of_the_gradient(p):
+  rng = np.random.default_rng(0)
+  w = jnp.asarray(rng.normal(size=200), jnp.float32)
+  direction = rng.uniform(0.1, 1, 200)
+  t = problems.oracle_factor(w, 0.01, "elementwise")
+  tx = asam_jax.ascent(0.5, 0.01, p)
+  update = jax.jit(tx.update)
+  exponents = [-30, -25, -20, -12, 12, 20, 25, 30] + [-36, 37] * (p == 2)
+  for exponent in exponents:
+    g = jnp.asarray(direction * 10.0**exponent, jnp.float32)
+    epsilon, state = update(g, tx.init(w), w)
+    (expected,), _ = problems.oracle_perturbation([g], [t], 0.5, p)
+    np.testing.assert_allclose(epsilon, expected, rtol=1e-4)
+    radius = problems.oracle_norm([np.asarray(epsilon, np.float64) / t], p)
+    np.testing.assert_allclose(radius, 0.5, rtol=1e-4)
+    assert not np.isnan(state.sharpness)
+
+
+def test_norms_beyond_the_range_of_float32():
+  # Each number is in range, the norm of ten thousand of them is not.
+  w, g = jnp.ones(10_000), jnp.full(10_000, 3e38)
+  tx = asam_jax.ascent(0.5, 0.0)
+  epsilon, _ = tx.update(g, tx.init(w), w)
+  np.testing.assert_allclose(epsilon, np.full(10_000, 0.005), rtol=1e-5)
+
+
+def test_float64_range_and_precision():
+  with problems.enable_x64(True):
+    rng = np.random.default_rng(0)
+    w, g = rng.normal(size=(2, 50))
+    t = problems.oracle_factor(w, 0.01, "elementwise")
+    for p in EXPONENTS:
+      tx = asam_jax.ascent(0.5, 0.01, p)
+      update = jax.jit(tx.update)
+      for magnitude in (1e-300, 1e-160, 1.0, 1e160, 1e300):
+        epsilon, state = update(
+            jnp.asarray(magnitude * g), tx.init(jnp.asarray(w)), jnp.asarray(w)
+        )
+        (expected,), _ = problems.oracle_perturbation([g], [t], 0.5, p)
+        assert epsilon.dtype == state.sharpness.dtype == jnp.float64
+        np.testing.assert_allclose(epsilon, expected, rtol=1e-11)
+
+
+def test_mixed_single_and_double_precision():
+  with problems.enable_x64(True):
+    params = {"a": jnp.ones(3, jnp.float32), "b": jnp.ones(3, jnp.float64)}
+    for magnitude in (2.0**-100, 1.0, 2.0**100):
+      grads = jax.tree.map(lambda w, m=magnitude: m * w, params)
+      tx = asam_jax.ascent(0.6, 0.0)
+      epsilon, state = tx.update(grads, tx.init(params), params)
+      assert epsilon["a"].dtype == jnp.float32
+      assert epsilon["b"].dtype == state.sharpness.dtype == jnp.float64
+      np.testing.assert_allclose(epsilon["a"], 0.6 / math.sqrt(6), rtol=1e-6)
+      np.testing.assert_allclose(epsilon["b"], 0.6 / math.sqrt(6), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("normalization", ["elementwise", "none"])
+def test_a_million_half_precision_weights(dtype, normalization):
+  # A float16 sum of a million ones is inf, and the perturbation would be zero.
+  w = jnp.ones(1_000_000, dtype)
+  for magnitude in (1e-4, 1.0, 300.0):
+    g = jnp.full_like(w, magnitude)
+    tx = asam_jax.ascent(1.0, 0.0, normalization=normalization)
+    epsilon, _ = tx.update(g, tx.init(w), w)
+    assert epsilon.dtype == dtype
+    np.testing.assert_allclose(np.asarray(epsilon, np.float32), 1e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_numbers_stay_visible(p, bad):
+  params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+  grads = {"a": jnp.array([1.0, bad, 2.0]), "b": jnp.ones(2)}
+  tx = asam_jax.ascent(0.5, 0.01, p)
+  epsilon, _ = tx.update(grads, tx.init(params), params)
+  assert jnp.isnan(epsilon["a"][1])
+
+
+def test_bad_numbers_reach_every_leaf_at_p2():
+  # A norm of inf must not turn the finite leaves into an unperturbed base step.
+  params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+  for bad in (math.nan, math.inf):
+    grads = {"a": jnp.array([1.0, bad, 2.0]), "b": jnp.ones(2)}
+    tx = asam_jax.ascent(0.5)
+    epsilon, _ = tx.update(grads, tx.init(params), params)
+    assert all(jnp.isnan(x).all() for x in jax.tree.leaves(epsilon))
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, math.inf])
+def test_small_trees(p):
+  tx = asam_jax.ascent(0.5, 0.0, p)
+  for empty in ({}, (), {"a": None}):
+    epsilon, state = tx.update(empty, tx.init(empty), empty)
+    assert epsilon == empty
+    assert state.sharpness == 0
+  one = jnp.array(-2.0)
+  epsilon, _ = tx.update(jnp.array(3.0), tx.init(one), one)
+  np.testing.assert_allclose(epsilon, 1.0, rtol=1e-6)
+  params = {"a": None, "w": jnp.array([1.0, 1.0]), "none": jnp.zeros((0, 3))}
+  grads = {"a": None, "w": jnp.array([0.0, 3.0]), "none": jnp.zeros((0, 3))}
+  epsilon, _ = tx.update(grads, tx.init(params), params)
+  assert epsilon["a"] is None
+  assert epsilon["none"].shape == (0, 3)
+  expected = [0.0, 0.5]
+  np.testing.assert_allclose(epsilon["w"], expected, rtol=1e-6)
+
+
+def test_perturb_and_normalize():
+  params = {"a": jnp.array([2.0]), "b": jnp.array([3.0]), "n": jnp.array([1, 2])}
+  grads = {"a": jnp.array([1.0]), "b": jnp.array([1.0]), "n": jnp.array([1, 2])}
+  tx = asam_jax.ascent(
+      1.0,
+      0.0,
+      normalize={"a": True, "b": False, "n": True},
+      perturb=lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.floating),
+  )
+  epsilon, state = tx.update(grads, tx.init(params), params)
+  norm = math.sqrt(4 + 1)
+  np.testing.assert_allclose(epsilon["a"], [4 / norm], rtol=1e-6)
+  np.testing.assert_allclose(epsilon["b"], [1 / norm], rtol=1e-6)
+  chex.assert_trees_all_equal(epsilon["n"], jnp.zeros(2, jnp.int32))
+  np.testing.assert_allclose(state.sharpness, norm, rtol=1e-6)
+  # The unperturbed leaf is out of the norm as well.
+  tx = asam_jax.ascent(1.0, 0.0, perturb={"a": True, "b": False, "n": False})
+  epsilon, _ = tx.update(grads, tx.init(params), params)
+  np.testing.assert_allclose(epsilon["a"], [2.0], rtol=1e-6)
+  np.testing.assert_allclose(epsilon["b"], [0.0])
+
+
+def test_schedules_and_traced_scalars():
+  w, g = jnp.array([1.0, 1.0]), jnp.array([3.0, 4.0])
+
+  def radii(rho, eta, steps=4):
+    tx = asam_jax.ascent(rho, eta)
+    state, result = tx.init(w), []
+    for _ in range(steps):
+      epsilon, state = tx.update(g, state, w)
+      result.append(float(jnp.linalg.norm(epsilon)))
+    assert state.count == steps
+    return np.array(result)
+
+  np.testing.assert_allclose(
+      radii(lambda count: 0.1 * (count + 1), 0.0), [0.1, 0.2, 0.3, 0.4], rtol=1e-6
+  )
+  np.testing.assert_allclose(
+      radii(0.1, lambda count: 1.0 * count), [0.1, 0.2, 0.3, 0.4], rtol=1e-6
+  )
+  np.testing.assert_array_equal(
+      radii(optax.constant_schedule(0.3), optax.constant_schedule(0.2)),
+      radii(0.3, 0.2),
+  )
+
+  @jax.jit
+  def traced(rho, eta):
+    tx = asam_jax.ascent(rho, eta)
+    return tx.update(g, tx.init(w), w)[0]
+
+  tx = asam_jax.ascent(0.3, 0.2)
+  np.testing.assert_allclose(
+      traced(0.3, 0.2), tx.update(g, tx.init(w), w)[0], rtol=1e-6
+  )
+  assert traced._cache_size() == 1
+  traced(0.4, 0.1)
+  assert traced._cache_size() == 1
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_derivatives_through_the_perturbation(p):
+  # For methods that differentiate a training step; forward and reverse.
+  with problems.enable_x64(True):
+    rng = np.random.default_rng(0)
+    w, g, c = jnp.asarray(rng.normal(size=(3, 5)))
+
+    def fun(w, g, rho, eta):
+      tx = asam_jax.ascent(rho, eta, p)
+      epsilon, state = tx.update(g, tx.init(w), w)
+      return c @ epsilon + state.sharpness
+
+    args = (w, g, 0.3, 0.1)
+    for index in range(4):
+      step = 1e-6
+      direction = jnp.asarray(rng.normal(size=jnp.shape(args[index])))
+      up, down = list(args), list(args)
+      up[index] = up[index] + step * direction
+      down[index] = down[index] - step * direction
+      numeric = (fun(*up) - fun(*down)) / (2 * step)
+      reverse = jnp.sum(jax.grad(fun, index)(*args) * direction)
+      np.testing.assert_allclose(reverse, numeric, rtol=1e-6, atol=1e-8)
