@@ -368,11 +368,16 @@ def _vary_as(tree: Any, like: Any) -> Any:
   """Gives constants the mesh axes that ``like`` varies over, under shard_map."""
   if not hasattr(jax, "typeof"):
     return tree
-  axes = frozenset[str]().union(
-      *(getattr(jax.typeof(x), "vma", ()) for x in jtu.tree_leaves(like))
-  )
+  axes = frozenset[str]().union(*map(_varying_axes, jtu.tree_leaves(like)))
   if not axes:
     return tree
   if hasattr(lax, "pcast"):
     return lax.pcast(tree, tuple(axes), to="varying")
   return getattr(lax, "pvary")(tree, tuple(axes))  # noqa: B009  (JAX before 0.8)
+
+
+def _varying_axes(x: Any) -> frozenset[str]:
+  # JAX 0.6 to 0.9 say `vma`, later ones `mat.varying`, older ones neither.
+  kind = jax.typeof(x)
+  kind = getattr(kind, "mat", kind)
+  return getattr(kind, "varying", getattr(kind, "vma", frozenset()))

@@ -142,7 +142,10 @@ def adaptive_sam(
 
   Weight decay, clipping and the like belong inside ``base_tx``, where they act on
   the descent. In front of ``adaptive_sam`` in a chain they would touch the ascent
-  gradient alone.
+  gradient alone. ``optax.MultiSteps`` belongs inside too (one perturbation per
+  micro-batch), or around a base optimizer that is fed by
+  :func:`asam_jax.value_and_grad`; around ``adaptive_sam`` it would descend on the
+  last micro-batch alone, because that is the one ``grad_fn`` knows.
 
   Args:
     base_tx: the optimizer that makes the step from the gradient at w + epsilon.

@@ -1,6 +1,7 @@
 """What the paper shows: its update rule, its toy figures, its invariance."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def toy_transcription(start, steps, adaptive, rho=0.05, rate=0.05):
 def distance(point, path):
   """From a point to the polyline through path."""
   shortest = np.inf
-  for a, b in zip(path[:-1], path[1:], strict=True):
+  for a, b in itertools.pairwise(path):
     length = (b - a) @ (b - a)
     along = np.clip((point - a) @ (b - a) / length, 0, 1) if length else 0.0
     shortest = min(shortest, float(np.linalg.norm(a + along * (b - a) - point)))
@@ -221,7 +222,7 @@ def relu_network(seed=0):
   sizes = [4, 8, 6, 3]
   params = [
       {"kernel": rng.normal(size=(m, n)), "bias": 0.3 * rng.normal(size=n)}
-      for m, n in zip(sizes[:-1], sizes[1:], strict=True)
+      for m, n in itertools.pairwise(sizes)
   ]
   x, y = jnp.asarray(rng.normal(size=(32, 4))), jnp.asarray(rng.integers(0, 3, 32))
 

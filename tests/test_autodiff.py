@@ -1,0 +1,197 @@
+"""The function transformations: JAX's signatures, and the same gradient."""
+
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import asam_jax
+from tests import problems
+
+W = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.array([0.1, -0.2])}
+X = jnp.array([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5]])
+
+
+def loss(w, x, scale=1.0):
+  return scale * jnp.mean(jnp.tanh(x @ w["kernel"] + w["bias"]) ** 2)
+
+
+def loss_and_mean(w, x, scale=1.0):
+  return loss(w, x, scale), {"mean": w["kernel"].mean()}
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, math.inf])
+@pytest.mark.parametrize("normalization", ["elementwise", "filterwise", "none"])
+def test_both_doors_agree(p, normalization):
+  options = {"normalization": normalization, "perturb": {"kernel": True, "bias": False}}
+  fun = functools.partial(loss, x=X)
+  tx = asam_jax.perturbed_gradient(asam_jax.ascent(0.3, 0.02, p, **options))
+  expected, state = tx.update(jax.grad(fun)(W), tx.init(W), W, grad_fn=jax.grad(fun))
+  value, grads, info = asam_jax.value_and_grad(
+      fun, 0.3, 0.02, p, with_info=True, **options
+  )(W)
+  chex.assert_trees_all_equal(grads, expected)
+  assert value == fun(W)
+  assert info.sharpness == state.ascent.sharpness
+
+
+def test_value_and_aux_are_of_the_clean_pass():
+  transformed = asam_jax.value_and_grad(loss_and_mean, 0.5, has_aux=True)
+  (value, aux), grads = transformed(W, X)
+  assert value == loss(W, X)
+  assert aux["mean"] == W["kernel"].mean()
+  chex.assert_trees_all_equal(grads, asam_jax.value_and_grad(loss, 0.5)(W, X)[1])
+
+
+def test_the_gradient_is_that_of_the_perturbed_point():
+  grads = jax.grad(loss)(W, X)
+  ts = [
+      problems.oracle_factor(W["bias"], 0.01, "none"),
+      problems.oracle_factor(W["kernel"], 0.01, "elementwise"),
+  ]
+  epsilon, sharpness = problems.oracle_perturbation(
+      [grads["bias"], grads["kernel"]], ts, 0.5, 2
+  )
+  moved = {
+      "bias": W["bias"] + jnp.asarray(epsilon[0], jnp.float32),
+      "kernel": W["kernel"] + jnp.asarray(epsilon[1], jnp.float32),
+  }
+  value, got, info = asam_jax.value_and_grad(loss, with_info=True)(W, X)
+  chex.assert_trees_all_close(got, jax.grad(loss)(moved, X), rtol=1e-5)
+  np.testing.assert_allclose(info.value, value)
+  np.testing.assert_allclose(info.perturbed_value, loss(moved, X), rtol=1e-6)
+  np.testing.assert_allclose(info.gap, loss(moved, X) - value, rtol=1e-4)
+  np.testing.assert_allclose(info.sharpness, sharpness, rtol=1e-5)
+
+
+def test_gap_tends_to_the_first_order_sharpness():
+  with problems.enable_x64(True):
+    w, x = jax.tree.map(lambda a: a.astype(jnp.float64), (W, X))
+    for rho in (1e-3, 1e-5):
+      *_, info = asam_jax.value_and_grad(loss, rho, with_info=True)(w, x)
+      np.testing.assert_allclose(info.gap, info.sharpness, rtol=100 * rho)
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize("with_info", [False, True])
+@pytest.mark.parametrize("argnums", [0, 1, (0,), (0, 1), [1, 0], -1])
+def test_results_are_arranged_as_jax_does(has_aux, with_info, argnums):
+  def fun(a, b):
+    value = jnp.sum(a["x"] ** 3) * jnp.sum(b**2)
+    return (value, "aux") if has_aux else value
+
+  args = ({"x": jnp.array([1.0, 2.0])}, jnp.array([3.0]))
+  options = {"argnums": argnums, "has_aux": has_aux}
+  for ours, theirs in (
+      (asam_jax.value_and_grad, jax.value_and_grad),
+      (asam_jax.grad, jax.grad),
+  ):
+    expected = theirs(fun, **options)(*args)
+    got = ours(fun, 0.0, with_info=with_info, **options)(*args)
+    if with_info:
+      is_pair = ours is asam_jax.value_and_grad or has_aux
+      *got, info = got
+      got = tuple(got) if is_pair else got[0]
+      assert isinstance(info, asam_jax.AscentInfo)
+      assert info.gap == 0
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda x: None if x == "aux" else x, got),
+        jax.tree.map(lambda x: None if x == "aux" else x, expected),
+    )
+
+
+def test_several_arguments_share_one_norm():
+  def fun(a, b):
+    return jnp.sum(a**2) + jnp.sum(b**2)
+
+  a, b = jnp.array([1.0]), jnp.array([2.0])
+  grads = asam_jax.grad(fun, 0.5, 0.0, argnums=(0, 1))(a, b)
+  (ea, eb), _ = problems.oracle_perturbation(
+      [[2.0], [4.0]], [np.ones(1), 2 * np.ones(1)], 0.5, 2
+  )
+  np.testing.assert_allclose(grads[0], 2 * (1 + ea), rtol=1e-6)
+  np.testing.assert_allclose(grads[1], 2 * (2 + eb), rtol=1e-6)
+
+
+def test_keyword_arguments_reach_both_passes():
+  got = asam_jax.value_and_grad(loss, 0.3)(W, x=X, scale=2.0)
+  expected = asam_jax.value_and_grad(lambda w: loss(w, X, 2.0), 0.3)(W)
+  chex.assert_trees_all_close(got, expected, rtol=1e-6)
+
+
+def test_both_passes_see_the_same_dropout_mask():
+  masks = []
+
+  def noisy(w, key):
+    mask = jax.random.bernoulli(key, 0.5, w.shape)
+    jax.debug.callback(lambda m: masks.append(np.asarray(m)), mask)
+    return jnp.sum(mask * w**2)
+
+  asam_jax.grad(noisy, 0.1)(jnp.arange(1.0, 65.0), jax.random.key(0))
+  jax.effects_barrier()
+  assert len(masks) == 2
+  np.testing.assert_array_equal(masks[0], masks[1])
+  assert 0 < masks[0].sum() < 64
+
+
+def test_fun_is_differentiated_twice_and_no_more():
+  calls = []
+
+  def counted(w):
+    calls.append(1)
+    return jnp.sum(w**2)
+
+  asam_jax.value_and_grad(counted, 0.1, with_info=True)(jnp.ones(2))
+  assert len(calls) == 2
+
+
+def test_rho_zero_is_jax_bit_for_bit():
+  got = jax.jit(asam_jax.value_and_grad(loss, 0.0))(W, X)
+  chex.assert_trees_all_equal(got, jax.jit(jax.value_and_grad(loss))(W, X))
+
+
+def test_rho_may_be_traced():
+  schedule = optax.linear_schedule(0.1, 0.5, 4)
+
+  @jax.jit
+  def step(w, count):
+    return asam_jax.grad(loss, schedule(count))(w, X)
+
+  for count in range(3):
+    expected = asam_jax.grad(loss, 0.1 + 0.1 * count)(W, X)
+    chex.assert_trees_all_close(step(W, jnp.asarray(count)), expected, rtol=1e-5)
+  assert step._cache_size() == 1
+
+
+def test_jit_vmap_and_scan():
+  gradient = asam_jax.grad(loss, 0.3)
+  expected = gradient(W, X)
+  chex.assert_trees_all_close(jax.jit(gradient)(W, X), expected, rtol=1e-6)
+  many = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), W)
+  got = jax.vmap(gradient, (0, None))(many, X)
+  chex.assert_trees_all_close(jax.tree.map(lambda g: g[0], got), expected, rtol=1e-5)
+  _, scanned = jax.lax.scan(lambda c, _: (c, gradient(W, X)), None, length=2)
+  chex.assert_trees_all_close(
+      jax.tree.map(lambda g: g[1], scanned), expected, rtol=1e-6
+  )
+
+
+def test_name_and_docstring_are_the_functions_own():
+  assert asam_jax.value_and_grad(loss).__name__ == "loss"
+  assert asam_jax.grad(loss).__name__ == "loss"
+
+
+def test_errors():
+  with pytest.raises(TypeError, match=r"rho=.* is a schedule.*rho=schedule\(step\)"):
+    asam_jax.value_and_grad(loss, optax.constant_schedule(0.1))
+  with pytest.raises(TypeError, match=r"eta=.* is a schedule"):
+    asam_jax.grad(loss, 0.1, optax.constant_schedule(0.1))
+  with pytest.raises(ValueError, match="average_ascent=True with axis_name=None"):
+    asam_jax.value_and_grad(loss, average_ascent=True)
+  with pytest.raises(ValueError, match="rho=-1 must be a finite number"):
+    asam_jax.grad(loss, -1)
