@@ -7,6 +7,7 @@ that broadcasts to the leaf's.
 
 from collections.abc import Callable, Sequence
 import functools
+import math
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -321,12 +322,14 @@ def describe(
   """
   rows = []
   for rule in leaf_rules(params, normalization, normalize, perturb):
-    shape = tuple(jnp.shape(rule.leaf))
-    size = 1
-    for length in shape:
-      size *= length
-    name = _operator_name(rule.operator, jax.ShapeDtypeStruct(shape, jnp.float32))
+    leaf = rule.leaf if hasattr(rule.leaf, "shape") else jnp.asarray(rule.leaf)
     rows.append(
-        LeafDescription(jtu.keystr(rule.path), shape, name, rule.perturbed, size)
+        LeafDescription(
+            path=jtu.keystr(rule.path),
+            shape=tuple(leaf.shape),
+            operator=_operator_name(rule.operator, leaf),
+            perturbed=rule.perturbed,
+            size=math.prod(leaf.shape),
+        )
     )
   return Description(rows)

@@ -13,7 +13,6 @@ import pytest
 
 import asam_jax
 
-
 # Before 0.2.5 optax.MultiSteps takes no functions among the extra arguments.
 OPTAX_ACCUMULATES_FUNCTIONS = (
     tuple(int(n) for n in optax.__version__.split(".")[:3]) >= (0, 2, 5)

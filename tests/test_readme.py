@@ -1,0 +1,105 @@
+"""The README's code runs: both loops, before and after their diffs."""
+
+import doctest
+from pathlib import Path
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import asam_jax
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language):
+  return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def patched(code, diff):
+  """The code with a diff applied: additions alone are imports, and go on top."""
+  removed, added = [], []
+  for line in [*diff.splitlines(), " "]:
+    if line.startswith("-"):
+      removed.append(line[1:])
+    elif line.startswith("+"):
+      added.append(line[1:])
+    elif removed:
+      old, new = "\n".join(removed), "\n".join(added)
+      assert code.count(old) == 1, f"the diff does not fit: {old!r}"
+      code, removed, added = code.replace(old, new), [], []
+    elif added:
+      assert all(text.startswith("import ") for text in added)
+      code, added = "\n".join([*added, code]), []
+  return code
+
+
+def data():
+  x = jax.random.normal(jax.random.key(0), (32, 3))
+  y = x @ jnp.array([[1.0], [-2.0], [0.5]]) + 0.3
+  return x, y
+
+
+def loop(name):
+  before = [code for code in blocks("python") if "train_step" in code]
+  return dict(zip(["optax", "flax"], zip(before, blocks("diff"), strict=True),
+                  strict=True))[name]
+
+
+@pytest.mark.parametrize("change", [False, True], ids=["before", "after"])
+def test_optax_loop(change):
+  code, diff = loop("optax")
+  scope = {}
+  exec(patched(code, diff) if change else code, scope)
+  x, y = data()
+  params = {"kernel": jnp.zeros((3, 1)), "bias": jnp.zeros(1)}
+  state, losses = scope["tx"].init(params), []
+  for _ in range(30):
+    params, state, loss = scope["train_step"](params, state, (x, y))
+    losses.append(float(loss))
+  assert losses[-1] < 0.1 * losses[0]
+  assert has_ascent(state) == change
+
+
+@pytest.mark.parametrize("change", [False, True], ids=["before", "after"])
+def test_flax_loop(change):
+  code, diff = loop("flax")
+  scope = {}
+  exec(patched(code, diff) if change else code, scope)
+  state, losses = scope["state"], []
+  first = scope["train_step"](state, data())[0]
+  for _ in range(300):
+    state, loss = scope["train_step"](state, data())
+    losses.append(float(loss))
+  assert losses[-1] < 0.1 * losses[0]
+  # The first step of Adam differs from the plain one in the gradient's momentum.
+  plain = {}
+  exec(code, plain)
+  other = plain["train_step"](plain["state"], data())[0]
+  same = jax.tree.map(
+      lambda a, b: bool((a == b).all()), first.opt_state[0].mu, other.opt_state[0].mu
+  )
+  assert all(jax.tree.leaves(same)) != change
+
+
+def has_ascent(state):
+  is_ascent = lambda x: isinstance(x, asam_jax.AscentState)  # noqa: E731
+  return any(map(is_ascent, jax.tree.leaves(state, is_leaf=is_ascent)))
+
+
+def test_examples():
+  sessions = [code for code in blocks("python") if ">>>" in code]
+  assert sessions
+  parser = doctest.DocTestParser()
+  for code in sessions:
+    test = parser.get_doctest(code, {}, "README", "README.md", 0)
+    assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_pictures_and_files_exist():
+  links = re.findall(r"\]\(([^)#]+)\)", README)
+  local = [link for link in links if not link.startswith("http")]
+  assert local
+  for link in local:
+    assert (Path(__file__).parent.parent / link).exists(), link
