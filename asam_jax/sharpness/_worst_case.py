@@ -1,0 +1,297 @@
+# ruff: noqa: F722  (the shapes in jaxtyping's annotations)
+"""Worst-case sharpness: the largest rise of the loss in the adaptive ball."""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax import tree_util as jtu
+import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import PRNGKeyArray
+import optax
+
+from asam_jax import _ascent
+from asam_jax import _checks
+from asam_jax import _normalization as _n
+from asam_jax.sharpness import _geometry as _g
+
+_METHODS = ("apgd", "pga", "one_step")
+# Auto-PGD: the weight of the new step against momentum, and the share of steps
+# that must improve for the step size to be kept.
+_MOMENTUM, _SUCCESS = 0.75, 0.75
+
+
+class WorstCase(NamedTuple):
+  """What :func:`worst_case` found.
+
+  Attributes:
+    value: max L(w + epsilon) - L(w), a scalar >= 0 for the searches.
+    perturbation: the epsilon that attains it; the structure and dtypes of params.
+    trace: L(w + epsilon) - L(w) at every iterate, ``[1 + restarts, steps + 1]``;
+      row 0 starts at w. ``[1, 1]`` for the one-step form.
+  """
+
+  value: Float[Array, ""]
+  perturbation: Any
+  trace: Float[Array, "starts points"]
+
+
+def worst_case(
+    loss: Callable[[Any], Any],
+    params: Any,
+    rho: Any = 0.5,
+    eta: Any = 0.01,
+    p: float = 2,
+    *,
+    method: str = "apgd",
+    steps: int = 20,
+    restarts: int = 1,
+    key: PRNGKeyArray | None = None,
+    normalization: _n.Normalization = "elementwise",
+    normalize: _n.LeafSelection | None = None,
+    perturb: _n.LeafSelection | None = None,
+) -> WorstCase:
+  r"""Worst-case (adaptive) sharpness.
+
+  .. math:: \max_{\|T_w^{-1}\epsilon\|_p \le \rho} L(w + \epsilon) - L(w)
+
+  with the T_w, p and selections of :func:`asam_jax.ascent`. The searches run in
+  :math:`\delta = T_w^{-1}\epsilon`, where the ellipsoid is a plain ball, and keep
+  the best point they see; that point is feasible, so the value is a lower bound of
+  the maximum. It is never below the one-step value at the same arguments.
+
+  ``loss`` closes over its batch. The function is pure: put it under ``jax.jit``
+  together with the loss to log it during training. It costs
+  (1 + restarts) * (steps + 1) + 2 gradients.
+
+  With ``eta=0`` and ``normalize=lambda path, leaf: True`` the value is the same for
+  all rescalings of a ReLU network; with the defaults nearly so. Iterates at which
+  the loss is NaN are never the best.
+
+  Args:
+    loss: ``loss(params) -> scalar``, deterministic (evaluation mode).
+    params: the weights w, a pytree of real float arrays.
+    rho: the radius, >= 0, in the unit of ``T_w^{-1} w``; a number or traced.
+    eta: the stabilizer of T_w, >= 0, in the unit of the weights; likewise.
+    p: the norm's exponent: 1, 2 or inf; any in [1, inf] for ``"one_step"``.
+    method: ``"apgd"``, Auto-PGD: momentum, step halved where progress stalls;
+      ``"pga"``, projected gradient ascent with the step 2.5 rho / steps;
+      ``"one_step"``, the closed form that ASAM takes.
+    steps: the number of iterations of a search.
+    restarts: the number of random starts in the ball, beside the one at w. At a
+      minimum, where the gradient vanishes, only these leave w.
+    key: for the random starts; ``jax.random.key(0)`` if not given.
+    normalization: the operator T_w; ``"none"`` for plain sharpness.
+    normalize: the leaves that get T_w; see :func:`asam_jax.ascent`.
+    perturb: the leaves that are perturbed at all; see :func:`asam_jax.ascent`.
+
+  Returns:
+    A :class:`WorstCase`.
+
+  Raises:
+    ValueError: for an unknown method, a p without a projection, a negative rho or
+      eta, a wrong count, or nothing to perturb.
+    TypeError: if the loss is not a real scalar or a perturbed leaf is not float.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from asam_jax import sharpness
+    >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([1.0, 4.0]) * w**2)
+    >>> w = jnp.array([1.0, 0.0])
+    >>> plain = sharpness.worst_case(loss, w, rho=1.0, normalization="none")
+    >>> print(f"{plain.value:.3f}")
+    2.167
+    >>> adaptive = sharpness.worst_case(loss, w, rho=1.0, eta=0.0)
+    >>> print(f"{adaptive.value:.4f}", adaptive.perturbation.tolist())
+    1.5000 [1.0, 0.0]
+
+  References:
+    Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
+
+    Croce and Hein, `Reliable evaluation of adversarial robustness
+    <https://arxiv.org/abs/2003.01690>`_, 2020
+
+    Andriushchenko et al., `A modern look at the relationship between sharpness and
+    generalization <https://arxiv.org/abs/2302.07011>`_, 2023
+  """
+  _g.number("rho", rho)
+  _check(method, p, steps, restarts)
+  coordinates = _g.Coordinates.build(params, eta, normalization, normalize, perturb)
+  single = _one_step(loss, coordinates, rho, eta, p, normalization, normalize, perturb)
+  if method == "one_step":
+    return single
+
+  rho = jnp.asarray(rho, coordinates.dtype)
+  rise = _rise(coordinates.pull_back(loss), coordinates.zeros())
+  schedule = _schedule(steps, method)
+  first = 2 * rho if method == "apgd" else 2.5 * rho / steps
+
+  def search(start):
+    return _search(rise, start, rho, p, first, schedule)
+
+  # One search after another: memory stays that of one.
+  results = [search(coordinates.zeros())]
+  if restarts:
+    key = jax.random.key(0) if key is None else key
+    others = lax.map(
+        lambda k: search(_g.uniform_in_ball(coordinates, k, rho, p)),
+        jax.random.split(key, restarts),
+    )
+    results += [jtu.tree_map(lambda x, i=i: x[i], others) for i in range(restarts)]
+
+  value, epsilon = single.value, single.perturbation
+  for delta, reached, _ in results:
+    better = reached > value
+    # NaN at w itself, or at the one step, must not hide what a search found.
+    better |= jnp.isnan(value) & ~jnp.isnan(reached)
+    epsilon = jtu.tree_map(
+        lambda new, old, better=better: jnp.where(better, new, old),
+        coordinates.epsilon(delta),
+        epsilon,
+    )
+    value = jnp.where(better, reached, value)
+  return WorstCase(value, epsilon, jnp.stack([trace for _, _, trace in results]))
+
+
+def _check(method: str, p: float, steps: int, restarts: int) -> None:
+  if method not in _METHODS:
+    raise ValueError(f"method={method!r} is unknown; use one of {_METHODS}.")
+  if method == "one_step":
+    _checks.exponent(p)
+  else:
+    _g.searchable(p)
+  _g.count("steps", steps, 1)
+  _g.count("restarts", restarts, 0)
+
+
+def _one_step(loss, coordinates, rho, eta, p, *selection) -> WorstCase:
+  params, dtype = coordinates.params, coordinates.dtype
+  rules = _g.leaf_rules(params, *selection)
+  clean, grads = jax.value_and_grad(lambda w: _g.loss_value(loss, w))(params)
+  epsilon, _ = _ascent.perturbation(grads, params, rules, rho, eta, p)
+  moved = optax.apply_updates(params, epsilon)
+  value = jnp.asarray(loss(moved), dtype) - jnp.asarray(clean, dtype)
+  return WorstCase(value, epsilon, value[None, None])
+
+
+def _rise(at: Callable[[Any], Array], origin: Any) -> Callable[[Any], Any]:
+  """Value and gradient of ``at(delta) - at(origin)``."""
+  clean = at(origin)
+
+  def rise(delta):
+    value, grads = jax.value_and_grad(at)(delta)
+    return value - clean, grads
+
+  return rise
+
+
+def checkpoints(steps: int) -> list[int]:
+  """The iterations at which Auto-PGD may halve its step."""
+  shares = [0.0, 0.22]
+  while shares[-1] < 1:
+    shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
+  # Rounded first: 0.22 * 50 is a little above 11 in floating point.
+  at = [math.ceil(round(share * steps, 9)) for share in shares[1:]]
+  return sorted({i for i in at if 0 < i < steps})
+
+
+class _Schedule(NamedTuple):
+  """For each iteration: the gaps between checkpoints, 0 where there is none."""
+
+  gaps: Int[Array, " steps"]
+  momentum: bool
+
+
+def _schedule(steps: int, method: str) -> _Schedule:
+  gaps = [0] * steps
+  if method == "apgd":
+    last = 0
+    for i in checkpoints(steps):
+      gaps[i - 1], last = i - last, i
+  return _Schedule(jnp.array(gaps, jnp.int32), method == "apgd")
+
+
+class _Point(NamedTuple):
+  delta: Any
+  value: Float[Array, ""]
+  grads: Any
+
+
+class _Progress(NamedTuple):
+  """What Auto-PGD remembers to decide on its step."""
+
+  step: Float[Array, ""]
+  improved: Int[Array, ""]  # steps that rose since the last checkpoint
+  halved: Bool[Array, ""]  # whether it halved at the last checkpoint
+  best: Float[Array, ""]  # the best value at the last checkpoint
+
+
+def _search(rise, start, rho, p, first_step, schedule: _Schedule):
+  """(best delta, its value, values at all points)."""
+  value, grads = rise(start)
+  now = _Point(start, value, grads)
+  zero = jnp.zeros((), jnp.int32)
+  progress = _Progress(first_step, zero, jnp.array(False), value)
+
+  def iterate(carry, inputs):
+    now, before, best, progress = carry
+    index, gap = inputs
+    delta = _move(now, before, progress.step, rho, p, schedule.momentum, index)
+    new = _Point(delta, *rise(delta))
+    progress = progress._replace(
+        improved=progress.improved + (new.value > now.value)
+    )
+    better = (new.value > best.value) | jnp.isnan(best.value)
+    best = _select(better, new, best)
+    progress, restart = _adapt(progress, gap, best.value)
+    here = _select(restart, best, new)
+    # A fresh start from the best point has no momentum.
+    before = _select(restart, best.delta, now.delta)
+    return (here, before, best, progress), new.value
+
+  inputs = (jnp.arange(len(schedule.gaps)), schedule.gaps)
+  carry = (now, now.delta, now, progress)
+  (_, _, best, _), values = lax.scan(iterate, carry, inputs)
+  return best.delta, best.value, jnp.concatenate([value[None], values])
+
+
+def _move(now: _Point, before, step, rho, p, momentum: bool, index):
+  direction = _g.ascent_direction(now.grads, step, p)
+  target = _g.project(_add(now.delta, direction), rho, p)
+  if not momentum:
+    return target
+
+  def mix(x, new, old):
+    mixed = x + _MOMENTUM * (new - x) + (1 - _MOMENTUM) * (x - old)
+    return jnp.where(index == 0, new, mixed)
+
+  return _g.project(jtu.tree_map(mix, now.delta, target, before), rho, p)
+
+
+def _adapt(progress: _Progress, gap, best):
+  """Halves the step at a checkpoint if too few steps rose or the best stalled."""
+  rare = progress.improved < _SUCCESS * gap
+  stalled = ~progress.halved & (best <= progress.best)
+  at_checkpoint = gap > 0
+  halve = at_checkpoint & (rare | stalled)
+  renewed = _Progress(
+      step=jnp.where(halve, progress.step / 2, progress.step),
+      improved=jnp.zeros_like(progress.improved),
+      halved=halve,
+      best=best,
+  )
+  return _select(at_checkpoint, renewed, progress), halve
+
+
+def _add(a, b):
+  return jtu.tree_map(jnp.add, a, b)
+
+
+def _select(condition, a, b):
+  return jtu.tree_map(lambda x, y: jnp.where(condition, x, y), a, b)
