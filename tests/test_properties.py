@@ -108,6 +108,7 @@ def test_abstract_init(name):
       jax.eval_shape(tx.init, abstract), expected
   )
   chex.assert_trees_all_equal_shapes_and_dtypes(tx.init(params), expected)
+  chex.assert_trees_all_equal_shapes_and_dtypes(tx.init(abstract), expected)
 
 
 @ROWS
