@@ -16,32 +16,52 @@ from asam_jax._normalization import filterwise
 from asam_jax._normalization import is_not_bias
 from asam_jax._normalization import layerwise
 from asam_jax._normalization import LeafDescription
+from asam_jax._periodic import above_average
+from asam_jax._periodic import AboveAverageState
+from asam_jax._periodic import Gate
+from asam_jax._periodic import sometimes
+from asam_jax._periodic import SometimesState
 from asam_jax._transform import adaptive_sam
 from asam_jax._transform import perturbed_gradient
 from asam_jax._transform import PerturbedGradientState
 from asam_jax._transform import sam
+from asam_jax._variants import combined
+from asam_jax._variants import iterated
+from asam_jax._variants import subtract_ema
+from asam_jax._variants import SubtractEmaState
+from asam_jax._variants import surrogate_gap
 from asam_jax._version import __version__
 
 __all__ = [
+    "AboveAverageState",
     "AscentInfo",
     "AscentState",
     "CarriedState",
     "Description",
+    "Gate",
     "LeafDescription",
     "PerturbedGradientState",
+    "SometimesState",
+    "SubtractEmaState",
     "__version__",
+    "above_average",
     "adaptive_sam",
     "ascent",
     "carried",
+    "combined",
     "describe",
     "elementwise",
     "eval_params",
     "filterwise",
     "grad",
     "is_not_bias",
+    "iterated",
     "layerwise",
     "momentum_sam",
     "perturbed_gradient",
     "sam",
+    "sometimes",
+    "subtract_ema",
+    "surrogate_gap",
     "value_and_grad",
 ]

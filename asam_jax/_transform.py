@@ -32,7 +32,10 @@ def gradient_at_perturbed(
     **extra_args: Any,
 ) -> tuple[Any, Any]:
   """``grad_fn(w + epsilon)`` and the ascent's new state; both doors come here."""
-  epsilon, state = ascent_tx.update(grads, state, params, **extra_args)
+  # grad_fn for the chains that ascend in several steps; the others ignore it.
+  epsilon, state = ascent_tx.update(
+      grads, state, params, grad_fn=grad_fn, **extra_args
+  )
   return grad_fn(optax.apply_updates(params, epsilon)), state
 
 

@@ -1,0 +1,282 @@
+"""Methods that take the second gradient only at some of the steps."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from asam_jax import _checks
+from asam_jax import _variants as _v
+
+
+class Gate(NamedTuple):
+  """Decides at which steps :func:`sometimes` takes the second gradient.
+
+  Attributes:
+    init: ``params -> state``.
+    update: ``(grads, state) -> (decision, state)`` with the clean gradient and a
+      scalar bool.
+  """
+
+  init: Callable[[optax.Params], Any]
+  update: Callable[[optax.Updates, Any], tuple[Any, Any]]
+
+
+class SometimesState(NamedTuple):
+  """State of :func:`sometimes`.
+
+  Attributes:
+    gate: the state of ``when``; for a function of the step, the step count.
+    link: the state of the link.
+    reused: with ``reuse``, the direction that skipped steps add, of norm 1 (or 0
+      before the first perturbed step); otherwise empty.
+  """
+
+  gate: Any
+  link: optax.OptState
+  reused: Any
+
+
+def sometimes(
+    link: optax.GradientTransformation,
+    when: Callable[[jax.Array], Any] | Gate,
+    *,
+    reuse: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Takes the second gradient at some steps only, to save its cost at the others.
+
+  The steps are chosen by ``when``:
+
+  - every k-th step: ``lambda step: step % k == 0``
+  - a window, such as the last fifth: ``lambda step: step >= 0.8 * total``
+  - a random half: ``lambda step: jax.random.bernoulli(jax.random.fold_in(key,
+    step), 0.5)``
+  - where the gradient is larger than usual (AE-SAM): :func:`above_average`
+
+  With ``reuse`` = :math:`\alpha > 0` it is LookSAM. At a perturbed step with clean
+  gradient g and perturbed gradient h it keeps the part of h that is orthogonal to
+  g, over the whole pytree, and the steps between add it, scaled to the gradient:
+
+  .. math::
+
+    h_\perp = h - \frac{\langle h, g\rangle}{\|g\|_2^2} g, \qquad
+    g \mapsto g + \alpha \frac{\|g\|_2}{\|h_\perp\|_2} h_\perp
+
+  The added part does not shrink with rho, so a small rho is far from the base
+  optimizer; at rho = 0, where h = g but for rounding, nothing is added.
+
+  The choice is made by ``lax.cond``, so a skipped gradient costs nothing under
+  ``jit`` (under ``vmap`` both branches run). XLA's CPU backend runs convolutions
+  inside ``lax.cond`` many times slower; there, make the choice outside ``jit``:
+  ``update(..., ascend=True)`` or ``ascend=False`` with a Python bool compiles the
+  one branch alone, and the state is the same. Under ``shard_map`` pass averaged
+  gradients, so that all devices choose alike.
+
+  Cost: one gradient a step, and a second one at the chosen steps; memory: none, or
+  one copy of the parameters with ``reuse``.
+
+  Args:
+    link: what maps the clean gradient to the perturbed one, such as
+      ``perturbed_gradient(ascent(...))``. Its state, and so its schedules, advance
+      at the chosen steps only.
+    when: a function from the step count (an int32 scalar) to a scalar bool, or a
+      :class:`Gate`.
+    reuse: LookSAM's alpha, >= 0; the paper has 0.7 with every fifth step.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs`` with state :class:`SometimesState`.
+    Its update takes ``ascend`` (None: ask ``when``; a bool, also a traced one:
+    obey) and hands all other extra arguments on.
+
+  Raises:
+    TypeError: if ``when`` is no function and no Gate, or does not decide by a
+      scalar bool.
+    ValueError: if reuse is negative, or (in ``update``) without params.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import asam_jax
+    >>> looksam = optax.chain(
+    ...     asam_jax.sometimes(
+    ...         asam_jax.perturbed_gradient(asam_jax.ascent(rho=0.1, eta=0.0)),
+    ...         when=lambda step: step % 5 == 0, reuse=0.7),
+    ...     optax.sgd(0.1))
+    >>> loss = lambda w: jnp.sum(w**2)
+    >>> w = jnp.array([3.0, 4.0])
+    >>> state = looksam.init(w)
+    >>> for _ in range(2):
+    ...   updates, state = looksam.update(
+    ...       jax.grad(loss)(w), state, w, grad_fn=jax.grad(loss))
+    ...   w = optax.apply_updates(w, updates)
+    >>> print(w.tolist())
+    [2.336, 2.174]
+
+  References:
+    Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
+    <https://arxiv.org/abs/2203.02714>`_, 2022
+  """
+  if not 0 <= reuse < float("inf"):
+    raise ValueError(f"reuse={reuse!r} must be a finite number >= 0.")
+  gate = when if isinstance(when, Gate) else _gate_of_step(when)
+  link = optax.with_extra_args_support(link)
+
+  def init_fn(params):
+    reused = optax.tree_utils.tree_zeros_like(params) if reuse else ()
+    return SometimesState(gate.init(params), link.init(params), reused)
+
+  def update_fn(updates, state, params=None, *, ascend=None, **extra_args):
+    if params is None:
+      raise ValueError(
+          "params=None: call update(grads, state, params, grad_fn=grad_fn)."
+      )
+    _checks.descent_gradient(updates, params, "the gradient passed to update")
+    decision, gate_state = gate.update(updates, state.gate)
+
+    def perturbed():
+      grads, link_state = link.update(updates, state.link, params, **extra_args)
+      if not reuse:
+        return grads, link_state, ()
+      return grads, link_state, _new_direction(updates, grads)
+
+    def skipped():
+      grads = _add_direction(updates, state.reused, reuse) if reuse else updates
+      return grads, state.link, state.reused
+
+    chosen = decision if ascend is None else ascend
+    if isinstance(chosen, (bool, np.bool_)):  # nothing to choose in the program
+      grads, *rest = perturbed() if chosen else skipped()
+    else:
+      grads, *rest = lax.cond(_scalar_bool(chosen), perturbed, skipped)
+    return grads, SometimesState(gate_state, *rest)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class AboveAverageState(NamedTuple):
+  """State of :func:`above_average`.
+
+  Attributes:
+    count: the number of steps taken, an int32 scalar.
+    mean: the running mean of the squared gradient norm, a float32 scalar.
+    variance: its running variance, a float32 scalar.
+  """
+
+  count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+  mean: jax.Array
+  variance: jax.Array
+
+
+def above_average(
+    threshold: optax.ScalarOrSchedule = 0.0, decay: float = 0.9
+) -> Gate:
+  r"""Where the gradient is larger than usual: the policy of AE-SAM.
+
+  .. math::
+
+    \mu_t = \delta \mu_{t-1} + (1 - \delta) \|g_t\|_2^2, \qquad
+    \sigma_t^2 = \delta \sigma_{t-1}^2 + (1 - \delta) (\|g_t\|_2^2 - \mu_t)^2, \qquad
+    \|g_t\|_2^2 \ge \mu_t + c_t \sigma_t
+
+  with :math:`\mu_{-1} = 0` and :math:`\sigma_{-1}^2 = e^{-10}`. A step whose
+  squared norm is not finite leaves mean and variance as they are.
+
+  Args:
+    threshold: :math:`c_t`, a number or a schedule of the step count. The paper
+      falls from 1 to -1 over training: ``optax.linear_schedule(1.0, -1.0, total)``.
+    decay: :math:`\delta`, in [0, 1).
+
+  Returns:
+    A :class:`Gate` for :func:`sometimes`. To decide outside ``jit``, ask it:
+    ``gate.update(grads, optax.tree_utils.tree_get(opt_state, "gate"))[0]``.
+
+  Raises:
+    ValueError: if decay is outside [0, 1).
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import asam_jax
+    >>> gate = asam_jax.above_average(threshold=1.0)
+    >>> state = gate.init(jnp.zeros(2))
+    >>> decisions = []
+    >>> for norm in (1.0, 1.0, 5.0, 1.0):
+    ...   decision, state = gate.update(jnp.array([norm, 0.0]), state)
+    ...   decisions.append(bool(decision))
+    >>> print(decisions)
+    [True, True, True, False]
+
+  References:
+    Jiang et al., `An Adaptive Policy to Employ Sharpness-Aware Minimization
+    <https://arxiv.org/abs/2304.14647>`_, 2023
+  """
+  if not 0 <= decay < 1:
+    raise ValueError(f"decay={decay!r} must be in [0, 1).")
+
+  def init_fn(params):
+    del params
+    return AboveAverageState(
+        count=jnp.zeros((), jnp.int32),
+        mean=jnp.zeros((), jnp.float32),
+        variance=jnp.exp(jnp.float32(-10)),
+    )
+
+  def update_fn(grads, state):
+    square = jnp.square(_v.norm(grads).astype(jnp.float32))
+    mean = decay * state.mean + (1 - decay) * square
+    variance = decay * state.variance + (1 - decay) * jnp.square(square - mean)
+    c = threshold(state.count) if callable(threshold) else threshold
+    decision = square >= mean + c * jnp.sqrt(variance)
+    usable = jnp.isfinite(variance)
+    return decision, AboveAverageState(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        mean=jnp.where(usable, mean, state.mean),
+        variance=jnp.where(usable, variance, state.variance),
+    )
+
+  return Gate(init_fn, update_fn)
+
+
+def _gate_of_step(when: Any) -> Gate:
+  if not callable(when):
+    raise TypeError(
+        f"when={when!r} must be a function of the step count, such as lambda step:"
+        " step % 5 == 0, or a Gate, such as above_average()."
+    )
+  return Gate(
+      lambda params: jnp.zeros((), jnp.int32),
+      lambda grads, step: (when(step), jnp.asarray(optax.safe_increment(step))),
+  )
+
+
+def _scalar_bool(decision: Any) -> jax.Array:
+  if jnp.shape(decision) != () or _checks.dtype_of(decision) != jnp.bool_:
+    raise TypeError(
+        f"when (or ascend) gave {decision!r}; it must be a scalar bool, such as"
+        " step % 5 == 0."
+    )
+  return jnp.asarray(decision)
+
+
+def _new_direction(clean: Any, perturbed: Any) -> Any:
+  """The unit vector along the part of the perturbed gradient orthogonal to clean."""
+  # From the difference, which is exactly zero where the gradients are equal.
+  difference = jax.tree.map(lambda h, g: _v.f32(h) - _v.f32(g), perturbed, clean)
+  part = _v.orthogonal_part(difference, clean)
+  # What is left of two equal gradients after rounding is no direction.
+  eps = max(
+      [float(jnp.finfo(g.dtype).eps) for g in jax.tree.leaves(clean)], default=0.0
+  )
+  real = _v.norm(part) > 8 * eps * _v.norm(clean)
+  return jax.tree.map(
+      lambda g, u: jnp.where(real, u, 0).astype(g.dtype), clean, _v.unit_vector(part)
+  )
+
+
+def _add_direction(grads: Any, direction: Any, alpha: float) -> Any:
+  length = alpha * _v.norm(grads)
+  return jax.tree.map(
+      lambda g, v: (_v.f32(g) + length * _v.f32(v)).astype(g.dtype), grads, direction
+  )

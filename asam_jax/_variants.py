@@ -1,0 +1,298 @@
+"""Methods that make more of the second gradient, as links to compose.
+
+Several need no name of their own, as they are compositions:
+
+- VaSSO: ``perturbed_gradient(optax.chain(optax.ema(0.9), ascent(...)))``
+- Friendly SAM: ``perturbed_gradient(optax.chain(subtract_ema(0.9), ascent(...)))``
+- SAM-ON: ``ascent(..., perturb=<the leaves of normalization layers>)``
+- GSAM: ``combined(perturbed_gradient(ascent(...)), surrogate_gap(0.4))``
+- ascent on a part of the batch: pass the gradient of that part as ``grads`` and
+  the gradient of the whole batch as ``grad_fn``
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax import tree_util as jtu
+import jax.numpy as jnp
+import optax
+
+from asam_jax import _checks
+
+
+def combined(
+    link: optax.GradientTransformation,
+    combine: Callable[[optax.Updates, optax.Updates], optax.Updates],
+) -> optax.GradientTransformationExtraArgs:
+  r"""Descends along a function of the clean and the perturbed gradient.
+
+  .. math::
+
+    g \mapsto \mathrm{combine}\big(g,\ \nabla L(w + \hat\epsilon)\big)
+
+  :func:`surrogate_gap` makes it GSAM. The weighted mean
+  :math:`(1 - \alpha) g + \alpha \nabla L(w + \hat\epsilon)` (the gradient norm
+  penalty, WSAM) is a line, see the example; alpha may be above 1.
+
+  Cost: two gradients a step; memory: none.
+
+  Args:
+    link: what maps the clean gradient to the perturbed one, such as
+      ``perturbed_gradient(ascent(...))``.
+    combine: a function of two pytrees, the clean and the perturbed gradient, that
+      returns the gradient to descend along.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs`` with the state of ``link``.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import asam_jax
+    >>> def weighted(clean, perturbed, alpha=0.5):
+    ...   return jax.tree.map(lambda g, h: g + alpha * (h - g), clean, perturbed)
+    >>> link = asam_jax.perturbed_gradient(asam_jax.ascent(rho=0.1, eta=0.0))
+    >>> tx = optax.chain(asam_jax.combined(link, weighted), optax.sgd(1.0))
+    >>> w, grad_fn = jnp.array([3.0, 4.0]), lambda w: 2 * w
+    >>> updates, _ = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+    >>> print(updates.tolist())
+    [-6.147, -8.349]
+
+  References:
+    Zhao et al., `Penalizing Gradient Norm for Efficiently Improving Generalization
+    in Deep Learning <https://arxiv.org/abs/2202.03599>`_, 2022
+
+    Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
+    Regularization Term <https://arxiv.org/abs/2305.15817>`_, 2023
+  """
+  link = optax.with_extra_args_support(link)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    perturbed, state = link.update(updates, state, params, **extra_args)
+    return combine(updates, perturbed), state
+
+  return optax.GradientTransformationExtraArgs(link.init, update_fn)
+
+
+def surrogate_gap(
+    alpha: Any,
+) -> Callable[[optax.Updates, optax.Updates], optax.Updates]:
+  r"""The combination of GSAM, for :func:`combined`.
+
+  .. math::
+
+    h - \alpha g_\perp, \qquad
+    g_\perp = g - \frac{\langle g, h\rangle}{\|h\|_2^2} h
+
+  for the clean gradient g and the perturbed one h, over the whole pytree: it also
+  lowers the gap :math:`L(w + \hat\epsilon) - L(w)`, without a first-order effect on
+  :math:`L(w + \hat\epsilon)`.
+
+  Args:
+    alpha: the weight of the gap, a number or a traced scalar; the paper has 0.1 to
+      0.7 on ImageNet.
+
+  Returns:
+    A function of (clean gradient, perturbed gradient).
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import asam_jax
+    >>> combine = asam_jax.surrogate_gap(0.5)
+    >>> print(combine(jnp.array([1.0, 1.0]), jnp.array([2.0, 0.0])).tolist())
+    [2.0, -0.5]
+
+  References:
+    Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
+    <https://arxiv.org/abs/2203.08065>`_, 2022
+  """
+
+  def combine(clean, perturbed):
+    # The difference has the same orthogonal part, and is exactly zero at rho = 0.
+    difference = jax.tree.map(lambda g, h: f32(g) - f32(h), clean, perturbed)
+    orthogonal = orthogonal_part(difference, perturbed)
+    return jax.tree.map(
+        lambda h, part: (f32(h) - alpha * part).astype(h.dtype), perturbed, orthogonal
+    )
+
+  return combine
+
+
+class SubtractEmaState(NamedTuple):
+  """State of :func:`subtract_ema`.
+
+  Attributes:
+    count: the number of steps taken, an int32 scalar.
+    ema: the moving average of the gradients before this step.
+  """
+
+  count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+  ema: optax.Updates
+
+
+def subtract_ema(
+    decay: float = 0.9, sigma: float = 1.0
+) -> optax.GradientTransformation:
+  r"""Removes the moving average of past gradients: the link of Friendly SAM.
+
+  .. math::
+
+    d_t = g_t - \sigma m_{t-1}, \qquad
+    m_t = \lambda m_{t-1} + (1 - \lambda) g_t, \qquad
+    d_0 = m_0 = g_0
+
+  In front of :func:`asam_jax.ascent` the perturbation follows the noise of the
+  minibatch and not the full gradient that the average estimates. (At sigma = 1
+  the direction is the same whether the average includes the current gradient.)
+
+  Cost: none of its own; memory: one copy of the parameters.
+
+  Args:
+    decay: :math:`\lambda`, in [0, 1).
+    sigma: the share of the average that is removed.
+
+  Returns:
+    An ``optax.GradientTransformation`` with state :class:`SubtractEmaState`.
+
+  Raises:
+    ValueError: if decay is outside [0, 1).
+
+  Examples:
+    >>> import jax.numpy as jnp, optax
+    >>> import asam_jax
+    >>> ascent_tx = optax.chain(asam_jax.subtract_ema(), asam_jax.ascent(rho=0.1))
+    >>> tx = optax.chain(asam_jax.perturbed_gradient(ascent_tx), optax.sgd(0.1))
+    >>> link = asam_jax.subtract_ema(0.9)
+    >>> _, state = link.update(jnp.array(1.0), link.init(jnp.array(0.0)))
+    >>> print(link.update(jnp.array(3.0), state)[0])
+    2.0
+
+  References:
+    Li et al., `Friendly Sharpness-Aware Minimization
+    <https://arxiv.org/abs/2403.12350>`_, 2024
+  """
+  if not 0 <= decay < 1:
+    raise ValueError(f"decay={decay!r} must be in [0, 1).")
+
+  def init_fn(params):
+    return SubtractEmaState(
+        jnp.zeros((), jnp.int32), optax.tree_utils.tree_zeros_like(params)
+    )
+
+  def update_fn(updates, state, params=None):
+    del params
+    first = state.count == 0
+    rest = jax.tree.map(
+        lambda g, m: jnp.where(first, g, g - sigma * m), updates, state.ema
+    )
+    ema = jax.tree.map(
+        lambda g, m: jnp.where(first, g, decay * m + (1 - decay) * g).astype(m.dtype),
+        updates,
+        state.ema,
+    )
+    count = jnp.asarray(optax.safe_increment(state.count))
+    return rest, SubtractEmaState(count, ema)
+
+  return optax.GradientTransformation(init_fn, update_fn)
+
+
+def iterated(
+    ascent_tx: optax.GradientTransformation, steps: int
+) -> optax.GradientTransformationExtraArgs:
+  r"""Several ascent steps that stay in the ball of the first.
+
+  .. math::
+
+    \hat\epsilon_1 = \mathrm{ascent}(g, w), \qquad
+    \hat\epsilon_{i+1} = \hat\epsilon_i + \tfrac{2}{i+2}
+      \big(\mathrm{ascent}(\nabla L(w + \hat\epsilon_i), w) - \hat\epsilon_i\big)
+
+  Each step goes toward the maximizer of the linearized loss over the ball, and the
+  ball is convex, so no step leaves it (the method of Frank and Wolfe). It needs no
+  projection and no division by T_w, and so holds for every p and for weights that
+  are zero. Use it as the ascent chain of :func:`asam_jax.perturbed_gradient`.
+
+  Cost: ``steps + 1`` gradients a step; memory: none in the state. The gradients
+  are taken in a loop, in which XLA's CPU backend runs convolutions slowly.
+
+  Args:
+    ascent_tx: the ascent chain to iterate. Its state advances once, with the
+      gradient at w.
+    steps: the number of ascent steps, at least 1; 1 changes nothing.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs`` with the state of ascent_tx. Its
+    update needs ``grad_fn``, which ``perturbed_gradient`` hands on.
+
+  Raises:
+    ValueError: if steps is below 1, or (in ``update``) without grad_fn.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import asam_jax
+    >>> loss = lambda w: jnp.sum(w**4)
+    >>> tx = asam_jax.iterated(asam_jax.ascent(rho=0.5, eta=0.0), steps=3)
+    >>> w = jnp.array([1.0, 1.2])
+    >>> epsilon, _ = tx.update(
+    ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
+    >>> print(f"{jnp.linalg.norm(epsilon / w):.2f} {loss(w + epsilon):.2f}")
+    0.50 11.60
+  """
+  if not (isinstance(steps, int) and steps >= 1):
+    raise ValueError(f"steps={steps!r} must be an integer of at least 1.")
+  ascent_tx = optax.with_extra_args_support(ascent_tx)
+
+  def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
+    if grad_fn is None:
+      raise ValueError(
+          "grad_fn=None: several ascent steps need the gradient on the way; use"
+          " perturbed_gradient(iterated(...)), which passes it on."
+      )
+
+    def ascend(grads):
+      return ascent_tx.update(grads, state, params, **extra_args)
+
+    def body(i, epsilon):
+      grads = grad_fn(optax.apply_updates(params, epsilon))
+      _checks.descent_gradient(grads, params, "grad_fn")
+      target, _ = ascend(grads)
+      share = 2 / (i + 2)
+      return jax.tree.map(
+          lambda e, t: (e + share * (t - e)).astype(e.dtype), epsilon, target
+      )
+
+    epsilon, new_state = ascend(updates)
+    return lax.fori_loop(1, steps, body, epsilon), new_state
+
+  return optax.GradientTransformationExtraArgs(ascent_tx.init, update_fn)
+
+
+def f32(x: jax.Array) -> jax.Array:
+  """In float32 at least: half precision neither sums nor squares safely."""
+  return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+
+
+def norm(tree: Any) -> jax.Array:
+  """||x||_2 over the whole tree, whose squares may leave the range."""
+  leaves = [f32(x) for x in jtu.tree_leaves(tree) if x.size]
+  if not leaves:
+    return jnp.zeros(())
+  peak = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in leaves]))
+  unit = jnp.where(peak > 0, peak, 1)
+  return peak * jnp.sqrt(sum(jnp.sum(jnp.square(x / unit)) for x in leaves))
+
+
+def unit_vector(tree: Any) -> Any:
+  """The vector x / ||x||_2 over the whole tree, in float32 at least; zero for zero."""
+  length = norm(tree)
+  length = jnp.where(length == 0, 1, length)
+  return jax.tree.map(lambda x: f32(x) / length, tree)
+
+
+def orthogonal_part(tree: Any, along: Any) -> Any:
+  """What is left of x without its component along another tree, in float32 at least."""
+  unit = unit_vector(along)
+  products = jax.tree.map(lambda x, u: jnp.sum(f32(x) * u), tree, unit)
+  product = sum(jtu.tree_leaves(products), start=jnp.zeros(()))
+  return jax.tree.map(lambda x, u: f32(x) - product * u, tree, unit)
