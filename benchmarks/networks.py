@@ -1,0 +1,104 @@
+"""The networks whose steps are measured."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class MLP(nn.Module):
+  """Two hidden layers of 256 on 64 inputs: the quickstart's."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x.reshape(x.shape[0], -1)
+    for _ in range(2):
+      x = nn.relu(nn.Dense(256)(x))
+    return nn.Dense(10)(x)
+
+
+class CNN(nn.Module):
+  """Two convolutions and two dense layers on 8 x 8 pixels."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x.reshape(-1, 8, 8, 1)
+    x = nn.relu(nn.Conv(32, (3, 3), strides=2)(x))
+    x = nn.relu(nn.Conv(64, (3, 3), strides=2)(x))
+    x = nn.relu(nn.Dense(64)(x.reshape(x.shape[0], -1)))
+    return nn.Dense(10)(x)
+
+
+class Block(nn.Module):
+  """Two 3 x 3 convolutions around a shortcut."""
+
+  width: int
+  stride: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    def conv(size, stride=1):
+      return nn.Conv(self.width, (size, size), stride, use_bias=False)
+
+    def norm(x):
+      return nn.GroupNorm(num_groups=None, group_size=min(8, self.width))(x)
+
+    y = nn.relu(norm(conv(3, self.stride)(x)))
+    y = norm(conv(3)(y))
+    if x.shape != y.shape:
+      x = norm(conv(1, self.stride)(x))
+    return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+  """ResNet-8 for 32 x 32 x 3 images, with group norm: no batch statistics."""
+
+  width: int = 16
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.Conv(self.width, (3, 3), use_bias=False)(x)
+    x = nn.relu(nn.GroupNorm(num_groups=None, group_size=min(8, self.width))(x))
+    for stage in range(3):
+      x = Block(self.width * 2**stage, stride=1 if stage == 0 else 2)(x)
+    return nn.Dense(10)(jnp.mean(x, axis=(1, 2)))
+
+
+NETWORKS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+    "mlp": (MLP, (64,)),
+    "cnn": (CNN, (64,)),
+    "resnet": (ResNet, (32, 32, 3)),
+}
+
+
+class Problem(NamedTuple):
+  """A network with a batch.
+
+  Attributes:
+    init: gives the initial parameters.
+    loss: ``(params, batch) -> mean cross-entropy``.
+    batch: ``(inputs, labels)``.
+  """
+
+  init: Callable[[], Any]
+  loss: Callable[[Any, Any], jax.Array]
+  batch: tuple[jax.Array, jax.Array]
+
+
+def problem(name: str, batch_size: int, **options: Any) -> Problem:
+  """The network of that name on normal inputs and random labels."""
+  kind, shape = NETWORKS[name]
+  network = kind(**options)
+  x = jax.random.normal(jax.random.key(0), (batch_size, *shape))
+  y = jax.random.randint(jax.random.key(1), (batch_size,), 0, 10)
+
+  def loss(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    x, y = batch
+    logits = network.apply(params, x)
+    assert isinstance(logits, jax.Array)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+  return Problem(lambda: network.init(jax.random.key(2), x), loss, (x, y))

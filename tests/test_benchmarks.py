@@ -1,0 +1,127 @@
+"""The benchmark runs, compares like with like, and writes what it prints."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import networks
+from benchmarks import perturbation
+from benchmarks import step_cost
+from benchmarks import steps
+from benchmarks import timing
+
+
+def test_main_writes_a_row_for_each_method(tmp_path, capsys):
+  output = tmp_path / "new" / "rows.jsonl"
+  rows = step_cost.main([
+      *("--parts", "perturbation", "mlp", "--output", str(output)),
+      *("--parameters", "60", "--leaves", "3", "--repeats", "2"),
+      *("--batch-size", "2", "--sample-seconds", "0.0001"),
+  ])
+  header, *written = [json.loads(line) for line in output.read_text().splitlines()]
+  assert written == rows
+  assert {"date", "jax", "cpu", "cores", "command"} <= header.keys()
+  methods = len(perturbation.VARIANTS)
+  assert [row["part"] for row in rows] == ["perturbation"] * methods + ["mlp"] * 8
+  assert {row["parameters"] for row in rows[:methods]} == {60}
+  for row in rows:
+    low, median, high = row["ratio"]
+    assert 0 < low <= median <= high < np.inf
+  printed = capsys.readouterr().out
+  assert all(f"| {row['method']} |" in printed for row in rows)
+  plain = rows[methods]
+  assert plain["ratio"] == [1, 1, 1]
+
+
+def test_each_perturbation_is_the_equation():
+  rng = np.random.default_rng(0)
+  ws, gs = rng.normal(size=(2, 3, 4, 5))
+  factors = np.abs(ws) + perturbation.ETA
+  norm = np.sqrt(np.sum((factors * gs) ** 2))
+  expected = perturbation.RHO * factors**2 * gs / norm
+  for variant in perturbation.VARIANTS.values():
+    actual = variant(list(jnp.asarray(ws)), list(jnp.asarray(gs)))
+    np.testing.assert_allclose(np.stack(actual), expected, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def after_two_steps():
+  """A logistic regression, which is quick to compile."""
+
+  def loss(params, batch):
+    x, y = batch
+    return jnp.mean(jnp.logaddexp(0, -y * (x @ params["kernel"] + params["bias"])))
+
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)
+  batch = (x, jnp.sign(x[:, 0] + 0.1))
+  results = {}
+  for name, method in steps.steps(loss).items():
+    params = {"kernel": jnp.array([1.0, -2.0, 0.5, 0.0, 1.0]), "bias": jnp.array(0.5)}
+    state = method.init(params)
+    step = jax.jit(method.step)
+    for _ in range(2 * method.calls):
+      params, state, _ = step(params, state, batch)
+    results[name] = params
+  return results
+
+
+@pytest.mark.parametrize(
+    ("method", "by_hand"),
+    [
+        ("adaptive_sam", "ASAM by hand"),
+        ("value_and_grad", "ASAM by hand"),
+        ("sam", "SAM by hand"),
+        ("optax.contrib.sam, opaque", "SAM by hand"),
+        ("optax.contrib.sam, transparent", "SAM by hand"),
+    ],
+)
+def test_what_is_compared_makes_the_same_step(after_two_steps, method, by_hand):
+  actual, expected = after_two_steps[method], after_two_steps[by_hand]
+  chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
+  plain = after_two_steps["plain SGD"]
+  moved = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), actual, plain)
+  assert max(jax.tree.leaves(moved)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("mlp", 85_002), ("cnn", 35_914), ("resnet", 78_042)]
+)
+def test_networks_are_what_they_are_called(name, parameters):
+  problem = networks.problem(name, 2)
+  variables = jax.eval_shape(problem.init)
+  assert variables.keys() == {"params"}  # no batch statistics
+  assert sum(w.size for w in jax.tree.leaves(variables)) == parameters
+  assert jax.eval_shape(problem.loss, variables, problem.batch).shape == ()
+
+
+def test_interleaved_measures_each_case_once_a_round():
+  order = []
+  times = timing.interleaved(
+      {name: lambda name=name: order.append(name) or len(order) for name in "abc"}, 4
+  )
+  rounds = np.array(order).reshape(-1, 3)
+  assert all(set(names) == set("abc") for names in rounds)
+  assert len({tuple(names) for names in rounds}) > 1  # the order changes
+  for name, measured in times.items():  # the first two rounds are not counted
+    assert measured.tolist() == [i + 1 for i in range(6, 18) if order[i] == name]
+
+
+def test_quartiles():
+  assert timing.quartiles(np.array([4.0, 1.0, 2.0, 3.0, 5.0])) == [2, 3, 4]
+  assert timing.show([2.0, 3.0, 4.0]) == "3.00 [2.00, 4.00]"
+
+
+def test_too_few_parameters_for_the_leaves():
+  with pytest.raises(ValueError, match="parameters=3 is too few for leaves=5"):
+    perturbation.shapes(3, 5)
+
+
+def test_no_round(capsys):
+  with pytest.raises(SystemExit):
+    step_cost.parse(["--repeats", "0"])
+  assert "--repeats 0" in capsys.readouterr().err
