@@ -145,7 +145,8 @@ def _check(measure, gap, columns, along, level) -> None:
 def _tau(x: np.ndarray, y: np.ndarray) -> float:
   if np.ptp(x) == 0 or np.ptp(y) == 0:
     return np.nan
-  return float(stats.kendalltau(x, y)[0])
+  result: Any = stats.kendalltau(x, y)
+  return float(result.statistic)
 
 
 def _group_taus(measure, gap, columns, name: str) -> np.ndarray:
