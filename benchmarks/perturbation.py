@@ -26,42 +26,46 @@ def library(ws: Leaves, gs: Leaves) -> Leaves:
   return jax.tree.leaves(epsilon)
 
 
-def naive(ws: Leaves, gs: Leaves) -> Leaves:
-  """T and T g are written once in the code; XLA may still form them twice."""
-  return _naive(ws, gs, lambda x: x)
+def equation(ws: Leaves, gs: Leaves) -> Leaves:
+  """The equation as it stands. XLA finds T in both places, and keeps it."""
+  return _second_pass(ws, gs, _norm(ws, gs))
 
 
-def kept(ws: Leaves, gs: Leaves) -> Leaves:
-  """T and T g are kept in memory, as the naive code says."""
-  return _naive(ws, gs, lax.optimization_barrier)
+def barrier(ws: Leaves, gs: Leaves) -> Leaves:
+  """The same with a barrier between the passes, so that T is formed twice."""
+  return _second_pass(*lax.optimization_barrier((ws, gs, _norm(ws, gs))))
 
 
-def _naive(ws: Leaves, gs: Leaves, keep: Callable[[Any], Any]) -> Leaves:
+def reuse(ws: Leaves, gs: Leaves) -> Leaves:
+  """T g is formed once in the code. XLA:CPU may form it twice all the same."""
   ts = [jnp.abs(w) + ETA for w in ws]
-  ts, tgs = keep((ts, [t * g for t, g in zip(ts, gs, strict=True)]))
+  tgs = [t * g for t, g in zip(ts, gs, strict=True)]
   norm = jnp.sqrt(sum(jnp.sum(tg**2) for tg in tgs))
   return [RHO * t * tg / norm for t, tg in zip(ts, tgs, strict=True)]
-
-
-def recompute(ws: Leaves, gs: Leaves) -> Leaves:
-  """T is written out in both places; XLA may still form it once and keep it."""
-  pairs = list(zip(ws, gs, strict=True))
-  norm = jnp.sqrt(sum(jnp.sum(((jnp.abs(w) + ETA) * g) ** 2) for w, g in pairs))
-  return [(jnp.abs(w) + ETA) ** 2 * (g * (RHO / norm)) for w, g in pairs]
 
 
 def ravelled(ws: Leaves, gs: Leaves) -> Leaves:
   """The tree as one vector."""
   w, _ = ravel_pytree(ws)
   g, unravel = ravel_pytree(gs)
-  return unravel(naive([w], [g])[0])
+  return unravel(reuse([w], [g])[0])
+
+
+def _norm(ws: Leaves, gs: Leaves) -> jax.Array:
+  pairs = zip(ws, gs, strict=True)
+  return jnp.sqrt(sum(jnp.sum(((jnp.abs(w) + ETA) * g) ** 2) for w, g in pairs))
+
+
+def _second_pass(ws: Leaves, gs: Leaves, norm: jax.Array) -> Leaves:
+  pairs = zip(ws, gs, strict=True)
+  return [(jnp.abs(w) + ETA) ** 2 * (g * (RHO / norm)) for w, g in pairs]
 
 
 VARIANTS: dict[str, Callable[[Leaves, Leaves], Leaves]] = {
     "asam_jax.ascent": library,
-    "naive": naive,
-    "T and T g kept": kept,
-    "T written twice": recompute,
+    "naive: T^2 g / norm(T g)": equation,
+    "naive, a barrier between": barrier,
+    "naive: T (T g) / norm(T g)": reuse,
     "ravelled into one vector": ravelled,
 }
 

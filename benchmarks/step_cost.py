@@ -39,8 +39,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   add("--leaves", type=int, nargs="+", default=[5, 500], help="of the perturbation")
   add("--batch-size", type=int, default=64, help="of the steps")
   add("--width", type=int, default=16, help="of the ResNet's first stage")
-  add("--repeats", type=int, default=21, help="rounds, each measures every method")
-  add("--sample-seconds", type=float, default=0.1, help="of one sample of a step")
+  add("--repeats", type=int, default=31, help="rounds, each measures every method")
+  add("--sample-seconds", type=float, default=0.03, help="of one sample of a step")
   add("--output", type=pathlib.Path, default=OUTPUT, help="JSON lines, overwritten")
   options = parser.parse_args(arguments)
   if options.repeats < 1:
