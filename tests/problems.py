@@ -153,9 +153,6 @@ OPTIMIZERS: dict[str, Row] = {
     "asam_p3": Row(_adaptive(p=3), 0.01),
     "asam_pinf": Row(_adaptive(p=math.inf), 0.002),
     "asam_filterwise": Row(_adaptive(normalization="filterwise"), 0.01),
-    "asam_layerwise": Row(_adaptive(normalization="layerwise"), 0.005),
-    "asam_all_leaves": Row(_adaptive(normalize=lambda path, leaf: True), 0.01),
-    "asam_no_bias": Row(_adaptive(perturb=asam_jax.is_not_bias), 0.01),
     "sam": Row(lambda base_tx, rho: asam_jax.sam(base_tx, rho), 0.01),
     "chain_of_links": Row(
         lambda base_tx, rho: optax.chain(
