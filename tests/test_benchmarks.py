@@ -3,6 +3,7 @@
 import json
 
 import chex
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,9 @@ from benchmarks import steps
 from benchmarks import timing
 
 
-def test_main_writes_a_row_for_each_method(tmp_path, capsys):
+def test_main_writes_a_row_for_each_method(tmp_path, capsys, monkeypatch):
+  # One layer is quicker to compile.
+  monkeypatch.setitem(networks.NETWORKS, "mlp", (lambda: nn.Dense(10), (3,)))
   output = tmp_path / "new" / "rows.jsonl"
   rows = step_cost.main([
       *("--parts", "perturbation", "mlp", "--output", str(output)),
