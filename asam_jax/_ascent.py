@@ -197,7 +197,7 @@ class _Links:
   """The perturbed leaves: weights, gradients, and how to get T from a weight.
 
   T and T g are not stored. Memory traffic, not arithmetic, is what this costs, so
-  each pass computes them afresh, and a barrier keeps XLA from merging the passes.
+  each pass computes them afresh, and barriers keep XLA from merging the passes.
   Only a T that is smaller than its leaf (a norm per filter) is kept.
   """
 
@@ -221,19 +221,20 @@ class _Links:
       kept.append(jnp.asarray(rule.operator(w, eta), dtype) if keep else None)
     return cls(ws, gs, kept, eta, tuple(rule.operator for rule in rules))
 
-  def map(self, fun: Callable[..., jax.Array]) -> list[jax.Array]:
-    """``fun(w, g, t)`` for each leaf."""
+  def map(self, fun: Callable[..., jax.Array], *values: jax.Array) -> list[jax.Array]:
+    """One pass: ``fun(w, g, t, *values)`` for each leaf.
+
+    Each leaf has a barrier of its own, with its own eta and values. One barrier for
+    all of them would let XLA:CPU share the broadcast of a scalar among leaves, and
+    so write it to memory at a leaf's size.
+    """
     results = []
     for w, g, kept, operator in zip(
         self.ws, self.gs, self.kept, self.operators, strict=True
     ):
-      results.append(fun(w, g, operator(w, self.eta) if kept is None else kept))
+      w, g, eta, own = lax.optimization_barrier((w, g, self.eta, values))
+      results.append(fun(w, g, operator(w, eta) if kept is None else kept, *own))
     return results
-
-  def after(self, *values: jax.Array) -> tuple[Any, ...]:
-    """These links and values, behind a barrier."""
-    ws, gs, values = lax.optimization_barrier((self.ws, self.gs, values))
-    return dataclasses.replace(self, ws=ws, gs=gs), *values
 
 
 def _factor_size(rule: _n.LeafRule, w: jax.Array, eta: jax.Array) -> int:
@@ -255,13 +256,13 @@ def _factor_size(rule: _n.LeafRule, w: jax.Array, eta: jax.Array) -> int:
 def _euclidean(links: _Links, rho: jax.Array):
   """For p = 2: rho T^2 g / ||T g||_2."""
   norm, scale = _euclidean_norm(links)
-  links, norm, scale = links.after(norm, scale)
   # The norm is that of scale * T g. Zero: no direction, no perturbation. Not
   # finite: NaN everywhere, for x / inf would silently spare the finite leaves.
   ratio = jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1), 0)
   ratio = jnp.where(jnp.isfinite(norm), ratio, jnp.nan)
   # Two factors, for their product may leave the range where neither does.
-  return links.map(lambda w, g, t: g * scale * ratio * t * t), norm / scale
+  epsilons = links.map(lambda w, g, t, s, r: g * s * r * t * t, scale, ratio)
+  return epsilons, norm / scale
 
 
 @jax.custom_jvp
@@ -280,15 +281,14 @@ def _euclidean_norm(links: _Links) -> tuple[jax.Array, jax.Array]:
 
   def try_scale(carry):
     scale, _, _ = carry
-    # Behind a barrier, or else XLA hoists T out of the loop and into memory.
-    total = _sum_of_squares(*links.after(scale))
+    total = _sum_of_squares(links, scale)
     better = jnp.where(total < lowest, big, jnp.where(jnp.isinf(total), small, 1))
     again = (scale == 1) & (better != 1)
     return jnp.where(again, better.astype(dtype), scale), total, again
 
   start = (jnp.ones((), dtype), jnp.zeros((), dtype), jnp.array(True))
   scale, total, _ = lax.while_loop(
-      lambda carry: carry[2], try_scale, _vary_as(start, links)
+      lambda carry: carry[2], try_scale, vary_as(start, links)
   )
   return jnp.sqrt(total), scale
 
@@ -308,23 +308,21 @@ def _euclidean_norm_jvp(primals, tangents):
 
 def _sum_of_squares(links: _Links, scale: jax.Array) -> jax.Array:
   # The scale goes to the gradient first: the product with T may overflow too.
-  return _total(links.map(lambda w, g, t: jnp.square(g * scale * t)))
+  return _total(links.map(lambda w, g, t, s: jnp.square(g * s * t), scale))
 
 
 def _general(links: _Links, rho: jax.Array, q: float):
   """For 1 < p < inf: powers of |T g|, taken relative to the largest one."""
   peak = jnp.max(_peaks(links))
-  links, peak = links.after(peak)
   unit = jnp.where(peak == 0, 1, peak)
-  total = _total(links.map(lambda w, g, t: jnp.abs(t * g / unit) ** q))
-  links, unit, total = links.after(unit, total)
+  total = _total(links.map(lambda w, g, t, u: jnp.abs(t * g / u) ** q, unit))
   norm = jnp.where(total == 0, 1, total) ** (1 / q)
 
-  def epsilon(w, g, t):
+  def epsilon(w, g, t, unit, norm):
     share = jnp.abs(t * g / unit) / norm
     return rho * t * _sign(g) * share ** (q - 1)
 
-  return links.map(epsilon), peak * norm
+  return links.map(epsilon, unit, norm), peak * norm
 
 
 def _largest_coordinate(links: _Links, rho: jax.Array):
@@ -364,7 +362,7 @@ def sum_dtype(rules: Sequence[_n.LeafRule]) -> Any:
   return jnp.result_type(jnp.float32, *dtypes)
 
 
-def _vary_as(tree: Any, like: Any) -> Any:
+def vary_as(tree: Any, like: Any) -> Any:
   """Gives constants the mesh axes that ``like`` varies over, under shard_map."""
   if not hasattr(jax, "typeof"):
     return tree

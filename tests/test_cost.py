@@ -59,7 +59,7 @@ def test_second_step_does_not_compile(method):
   assert len(traces) == 1
 
 
-@pytest.mark.parametrize("leaves", [500])
+@pytest.mark.parametrize("leaves", [5, 500])
 def test_perturbation_alone(leaves):
   """100 M parameters: no temporary, a dozen FLOPs each."""
   tx = asam_jax.ascent(0.5, 0.01)
