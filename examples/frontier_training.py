@@ -1,0 +1,91 @@
+"""Training for the frontier: many runs of one method, each a scan over its steps."""
+
+from typing import Any, NamedTuple
+
+import digits
+import frontier_methods as methods
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import asam_jax
+
+
+class Config(NamedTuple):
+  """What all methods share."""
+
+  epochs: int = 50
+  batch_size: int = 64
+  lr: float = 0.1
+
+
+class Outcome(NamedTuple):
+  """Of R runs: accuracy in [0, 1], and the share of steps with an ascent."""
+
+  accuracy: np.ndarray
+  ascents: np.ndarray
+
+
+def gradients(model: Any, method: methods.Method, params: Any, images, labels):
+  """(the gradient for the ascent, grad_fn) on one batch."""
+
+  def grad_fn(params):
+    return jax.grad(lambda w: digits.cross_entropy(model, w, images, labels))(params)
+
+  if method.ascent_share == 1:
+    return grad_fn(params), grad_fn
+  part = int(method.ascent_share * len(images))
+  ascent_loss = lambda w: digits.cross_entropy(  # noqa: E731
+      model, w, images[:part], labels[:part]
+  )
+  return jax.grad(ascent_loss)(params), grad_fn
+
+
+def train(
+    name: str, network: str, runs: digits.Runs, seeds: Any, rhos: Any, config: Config
+) -> Outcome:
+  """Trains R runs of one method, one after another, so that lax.cond saves."""
+  method, model = methods.METHODS[name], digits.NETWORKS[network]()
+  size = runs.train_images.shape[1]
+  per_epoch = size // config.batch_size
+  total = per_epoch * config.epochs
+  orders = np.stack([
+      np.concatenate([
+          rng.permutation(size)[: per_epoch * config.batch_size]
+          for _ in range(config.epochs)
+      ]).reshape(total, config.batch_size)
+      for rng in (np.random.default_rng([seed, 2]) for seed in seeds)
+  ])
+
+  def one(args):
+    run, seed, rho, order = args
+    tx = optax.with_extra_args_support(
+        method.make(methods.base_optimizer(config.lr, total), rho, total)
+    )
+
+    def step(carry, batch):
+      params, state = carry
+      images, labels = run.train_images[batch], run.train_labels[batch]
+      grads, grad_fn = gradients(model, method, params, images, labels)
+      updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
+      return (optax.apply_updates(params, updates), state), None
+
+    params = model.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))
+    (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), order)
+    params = methods.clean_params(name, params, state)
+    correct = digits.accuracy(model, params, run.eval_images, run.eval_labels)
+    return correct, _ascents(state) / total
+
+  accuracy, ascents = jax.jit(lambda args: jax.lax.map(one, args))(
+      (runs, jnp.asarray(seeds), jnp.asarray(rhos, jnp.float32), orders)
+  )
+  return Outcome(np.asarray(accuracy), np.asarray(ascents))
+
+
+def _ascents(state: Any) -> jax.Array:
+  """How many ascents the optimizer took; 0 without one."""
+  is_ascent = lambda node: isinstance(node, asam_jax.AscentState)  # noqa: E731
+  nodes = jax.tree.leaves(state, is_leaf=is_ascent)
+  counts = [node.count for node in nodes if is_ascent(node)]
+  return counts[0] if counts else jnp.zeros((), jnp.int32)
