@@ -2,30 +2,15 @@
 
 from collections.abc import Callable, Sequence
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
 
 from asam_jax import _ascent
+from asam_jax import _metrics
 from asam_jax import _normalization as _n
 from asam_jax import _transform
-
-
-class AscentInfo(NamedTuple):
-  """What the two passes say about the loss; see :func:`value_and_grad`.
-
-  Attributes:
-    value: the loss L(w), a scalar.
-    perturbed_value: the loss L(w + epsilon), a scalar.
-    gap: L(w + epsilon) - L(w), the sharpness that one ascent step finds.
-    sharpness: rho ||T_w g||_q, the gap to first order.
-  """
-
-  value: jax.Array
-  perturbed_value: jax.Array
-  gap: jax.Array
-  sharpness: jax.Array
 
 
 def value_and_grad(
@@ -42,6 +27,7 @@ def value_and_grad(
     axis_name: Any = None,
     average_ascent: bool = False,
     with_info: bool = False,
+    accumulate: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
   r"""``jax.value_and_grad``, but the gradient is taken at w + epsilon.
 
@@ -77,6 +63,10 @@ def value_and_grad(
       one perturbation for all devices, and two all-reduces. By default each device
       ascends on its own share of the batch (m-sharpness).
     with_info: whether to return an :class:`AscentInfo` as well.
+    accumulate: for a batch that does not fit, what takes
+      ``jax.value_and_grad(fun, argnums, has_aux)`` to the same function in smaller
+      pieces, such as ``lambda f: microbatched(f, 32)``; both passes go through it.
+      See :func:`asam_jax.microbatched`.
 
   Returns:
     A function with the arguments of ``fun`` that returns ``(value, grad)`` or
@@ -123,6 +113,8 @@ def value_and_grad(
       perturb=perturb,
   )
   clean = jax.value_and_grad(fun, argnums, has_aux)
+  if accumulate is not None:
+    clean = accumulate(clean)
 
   @functools.wraps(fun)
   def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -131,24 +123,25 @@ def value_and_grad(
 
     def at_perturbed(point):
       perturbed, grads = clean(*_set(args, argnums, point), **kwargs)
-      return (perturbed[0] if has_aux else perturbed), grads
+      return (perturbed[0] if has_aux else perturbed), grads, point
 
     if average_ascent:
       grads = lax.pmean(grads, axis_name)
-    (perturbed_value, grads), state = _transform.gradient_at_perturbed(
-        ascent_tx, grads, ascent_tx.init(params), params, at_perturbed
+    clean_grads = grads
+    (perturbed_value, grads, point), state = _transform.gradient_at_perturbed(
+        ascent_tx, clean_grads, ascent_tx.init(params), params, at_perturbed
     )
+    local_grads = grads
     if axis_name is not None:
       grads = lax.pmean(grads, axis_name)
     if not with_info:
       return value, grads
     loss = value[0] if has_aux else value
-    info = AscentInfo(
-        value=loss,
-        perturbed_value=perturbed_value,
-        gap=perturbed_value - loss,
-        sharpness=state.sharpness,
+    passes = _metrics.Passes(
+        loss, clean_grads, params, perturbed_value, local_grads, point
     )
+    geometry = _metrics.Geometry(eta, p, normalization, normalize, perturb)
+    info = _metrics.measured(geometry, state.count, state.sharpness, passes)
     return value, grads, info
 
   return wrapped

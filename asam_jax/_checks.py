@@ -1,5 +1,6 @@
 """The errors: each names the argument, its value and what to do."""
 
+from collections.abc import Callable
 import math
 from typing import Any
 
@@ -69,6 +70,28 @@ def gradient(rule: _n.LeafRule, g: Any) -> None:
         f" dtype {dtype_of(g)}, but the parameter has {jnp.shape(rule.leaf)} and"
         f" {dtype_of(rule.leaf)}; pass the gradient with respect to these params."
     )
+
+
+def with_note_on_flat(
+    grad_fn: Callable[[Any], Any], params: optax.Params
+) -> Callable[[Any], Any]:
+  """grad_fn, whose errors mention optax.flatten if params are one flat array."""
+  if not isinstance(params, jax.Array) or params.ndim != 1:
+    return grad_fn
+
+  def explained(point):
+    try:
+      return grad_fn(point)
+    except Exception as error:
+      error.add_note(
+          f"The parameters came as one array of shape {jnp.shape(params)}. If that is"
+          " the doing of optax.flatten, put it inside, around the base optimizer:"
+          " the normalization needs the leaves, and so do the arguments perturb and"
+          " normalize."
+      )
+      raise
+
+  return explained
 
 
 def descent_gradient(grads: Any, params: optax.Params, source: str) -> None:

@@ -9,6 +9,7 @@ import optax
 
 from asam_jax import _ascent
 from asam_jax import _checks
+from asam_jax import _metrics
 from asam_jax import _normalization as _n
 
 
@@ -18,9 +19,12 @@ class PerturbedGradientState(NamedTuple):
   Attributes:
     ascent: the state of the ascent chain; for a plain :func:`asam_jax.ascent` an
       :class:`asam_jax.AscentState` with the step count and the sharpness.
+    info: an :class:`asam_jax.AscentInfo` under ``adaptive_sam(..., with_info=True)``,
+      otherwise None.
   """
 
   ascent: optax.OptState
+  info: Any = None
 
 
 def gradient_at_perturbed(
@@ -107,6 +111,7 @@ def perturbed_gradient(
             " batch, or value_fn=value_fn with value_fn(params) -> loss."
         )
       source, grad_fn = "value_fn's gradient", jax.grad(value_fn)
+    grad_fn = _checks.with_note_on_flat(grad_fn, params)
     grads, ascent_state = gradient_at_perturbed(
         ascent_tx, updates, state.ascent, params, grad_fn, **extra_args
     )
@@ -128,6 +133,7 @@ def adaptive_sam(
     normalize: _n.LeafSelection | None = None,
     perturb: _n.LeafSelection | None = None,
     axis_name: Any = None,
+    with_info: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adaptive sharpness-aware minimization (ASAM).
 
@@ -161,6 +167,12 @@ def adaptive_sam(
     normalize: the leaves that get T_w; see :func:`asam_jax.ascent`.
     perturb: the leaves that are perturbed at all; see :func:`asam_jax.ascent`.
     axis_name: see :func:`asam_jax.perturbed_gradient`.
+    with_info: whether to keep an :class:`asam_jax.AscentInfo` of the last step in
+      the state, for ``optax.tree_utils.tree_get(state, "info")``. Its losses are
+      NaN unless ``update`` gets them: ``value`` is the clean one, and ``value_fn``
+      in place of ``grad_fn`` gives the perturbed one. The gradient at w is then
+      kept during the second pass, one copy of the parameters. (``sharpness`` is
+      then in the state twice: take it from the info.)
 
   Returns:
     An ``optax.GradientTransformationExtraArgs``. Its ``update`` takes ``grad_fn``
@@ -205,7 +217,11 @@ def adaptive_sam(
       normalize=normalize,
       perturb=perturb,
   )
-  return optax.chain(perturbed_gradient(ascent_tx, axis_name=axis_name), base_tx)
+  link = perturbed_gradient(ascent_tx, axis_name=axis_name)
+  if with_info:
+    geometry = _metrics.Geometry(eta, p, normalization, normalize, perturb)
+    link = _metrics.recorded(link, geometry)
+  return optax.chain(link, base_tx)
 
 
 def sam(
@@ -215,6 +231,7 @@ def sam(
     *,
     perturb: _n.LeafSelection | None = None,
     axis_name: Any = None,
+    with_info: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Sharpness-aware minimization (SAM): :func:`adaptive_sam` with T = 1.
 
@@ -228,6 +245,7 @@ def sam(
     p: the norm's exponent, a number in [1, inf].
     perturb: the leaves that are perturbed; see :func:`asam_jax.ascent`.
     axis_name: see :func:`asam_jax.perturbed_gradient`.
+    with_info: see :func:`adaptive_sam`.
 
   Returns:
     An ``optax.GradientTransformationExtraArgs``, as :func:`adaptive_sam` gives.
@@ -257,4 +275,5 @@ def sam(
       normalization="none",
       perturb=perturb,
       axis_name=axis_name,
+      with_info=with_info,
   )

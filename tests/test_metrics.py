@@ -1,0 +1,206 @@
+"""The info of a step, in both doors, against float64 NumPy; and that it is free."""
+
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import asam_jax
+from asam_jax import sharpness
+from tests import problems
+
+W = {"bias": jnp.array([0.1, -0.2]), "kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]])}
+X = jnp.array([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5]])
+OPTIONS = [
+    {},
+    {"p": 1, "rho": 0.1},
+    {"p": 3},
+    {"p": math.inf, "rho": 0.05},
+    {"normalization": "none"},
+    {"normalization": "layerwise", "perturb": asam_jax.is_not_bias},
+]
+
+
+def loss(w, x=X):
+  return jnp.mean(jnp.tanh(x @ w["kernel"] + w["bias"]) ** 2)
+
+
+def expected_info(w, rho=0.5, eta=0.01, p=2, normalization="elementwise", perturb=None):
+  """The definitions, in NumPy but for the gradients."""
+  names = ["bias", "kernel"] if perturb is None else ["kernel"]
+  g = jax.grad(loss)(w)
+  gs = [np.float64(g[name]) for name in names]
+  ts = [
+      problems.oracle_factor(w[name], eta, "none" if name == "bias" else normalization)
+      for name in names
+  ]
+  epsilons, first_order = problems.oracle_perturbation(gs, ts, rho, p)
+  point = dict(w)
+  for name, epsilon in zip(names, epsilons, strict=True):
+    point[name] = (w[name] + epsilon).astype(w[name].dtype)
+  h = jax.grad(loss)(point)
+  flat = lambda tree: np.concatenate(  # noqa: E731
+      [np.float64(x).ravel() for x in jax.tree.leaves(tree)]
+  )
+  moves = [np.float64(point[name]) - np.float64(w[name]) for name in names]
+  q = math.inf if p == 1 else 1.0 if math.isinf(p) else p / (p - 1)
+  return asam_jax.AscentInfo(
+      value=loss(w),
+      perturbed_value=loss(point),
+      gap=loss(point) - loss(w),
+      sharpness=first_order,
+      gradient_norm=np.linalg.norm(flat(g)),
+      normalized_gradient_norm=problems.oracle_norm(
+          [t * g for t, g in zip(ts, gs, strict=True)], q
+      ),
+      cosine=flat(g) @ flat(h) / np.linalg.norm(flat(g)) / np.linalg.norm(flat(h)),
+      radius=problems.oracle_norm([m / t for m, t in zip(moves, ts, strict=True)], p),
+      kept_share=sum((g * m).sum() for g, m in zip(gs, moves, strict=True))
+      / first_order,
+      nonfinite_steps=0,
+  )
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_entry_of_the_function_door(options):
+  *_, info = jax.jit(asam_jax.value_and_grad(loss, with_info=True, **options))(W)
+  expected = expected_info(W, **options)
+  for name, got, want in zip(info._fields, info, expected, strict=True):
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_entry_of_the_optax_door(options):
+  tx = asam_jax.adaptive_sam(optax.sgd(0.1), with_info=True, **options)
+
+  @jax.jit
+  def step(w, state):
+    value, grads = jax.value_and_grad(loss)(w)
+    _, state = tx.update(grads, state, w, value=value, value_fn=loss)
+    return state
+
+  info = optax.tree_utils.tree_get(step(W, tx.init(W)), "info")
+  *_, expected = asam_jax.value_and_grad(loss, with_info=True, **options)(W)
+  chex.assert_trees_all_close(info, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_losses_that_nobody_gave_are_nan_and_the_rest_is_there():
+  tx = asam_jax.sam(optax.sgd(0.1), 0.3, with_info=True)
+  grads = jax.grad(loss)(W)
+  _, state = tx.update(grads, tx.init(W), W, grad_fn=jax.grad(loss))
+  info = optax.tree_utils.tree_get(state, "info")
+  assert jnp.isnan(jnp.stack([info.value, info.perturbed_value, info.gap])).all()
+  np.testing.assert_allclose(info.radius, 0.3, rtol=1e-5)
+  np.testing.assert_allclose(
+      info.gradient_norm, problems.oracle_norm(jax.tree.leaves(grads), 2), rtol=1e-6
+  )
+
+
+def test_the_info_changes_neither_the_step_nor_the_errors():
+  plain, recording = (
+      asam_jax.adaptive_sam(optax.adam(0.1), 0.3, with_info=with_info)
+      for with_info in (False, True)
+  )
+  grads = jax.grad(loss)(W)
+  for extra in ({"grad_fn": jax.grad(loss)}, {"value_fn": loss}):
+    expected, _ = plain.update(grads, plain.init(W), W, **extra)
+    got, state = recording.update(grads, recording.init(W), W, **extra)
+    chex.assert_trees_all_equal(got, expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, recording.init(W))
+  with pytest.raises(ValueError, match="grad_fn=None"):
+    recording.update(grads, recording.init(W), W)
+  with pytest.raises(ValueError, match="params=None"):
+    recording.update(grads, recording.init(W), None, grad_fn=jax.grad(loss))
+
+
+def test_schedules_and_no_recompilation():
+  tx = asam_jax.adaptive_sam(
+      optax.sgd(0.1), lambda n: 0.1 * n, lambda n: 0.01 * (n + 1), with_info=True
+  )
+
+  @jax.jit
+  def step(w, state):
+    grads = jax.grad(loss)(w)
+    updates, state = tx.update(grads, state, w, grad_fn=jax.grad(loss))
+    return optax.apply_updates(w, updates), state
+
+  w, state = W, tx.init(W)
+  for i in range(3):
+    w, state = step(w, state)
+    info = optax.tree_utils.tree_get(state, "info")
+    np.testing.assert_allclose(info.radius, 0.1 * i, rtol=1e-4)
+    assert info.normalized_gradient_norm > 0  # also where rho is zero
+    np.testing.assert_allclose(
+        info.sharpness, 0.1 * i * info.normalized_gradient_norm, rtol=1e-5
+    )
+    assert info.kept_share == pytest.approx(1, rel=1e-3)
+  assert step._cache_size() == 1
+
+
+def test_the_radius_is_the_length_that_the_measures_have():
+  points = []
+
+  def grad_fn(point):
+    points.append(point)
+    return jax.grad(loss)(point)
+
+  tx = asam_jax.adaptive_sam(optax.sgd(0.1), 0.3, p=3, with_info=True)
+  _, state = tx.update(jax.grad(loss)(W), tx.init(W), W, grad_fn=grad_fn)
+  move = jax.tree.map(lambda a, b: a - b, points[0], W)
+  np.testing.assert_allclose(
+      optax.tree_utils.tree_get(state, "info").radius,
+      sharpness.adaptive_norm(move, W, p=3),
+      rtol=1e-5,
+  )
+
+
+def test_stationary_points_and_fixed_weights_give_no_nan():
+  w = {"a": jnp.zeros(3), "b": jnp.ones(2)}
+  *_, info = asam_jax.value_and_grad(
+      lambda w: jnp.sum(w["b"] ** 2), eta=0.0, with_info=True
+  )(w)
+  assert all(jnp.isfinite(entry) for entry in info)
+  *_, info = asam_jax.value_and_grad(
+      lambda w: 0.0 * jnp.sum(w["a"]), with_info=True
+  )(w)
+  assert info.cosine == 0
+  assert info.radius == 0
+  assert info.kept_share == 1
+
+
+def test_nonfinite_steps_are_counted():
+  tx = asam_jax.adaptive_sam(optax.sgd(0.1), with_info=True)
+  state = tx.init(W)
+  for factor in (1.0, jnp.nan, 1.0, jnp.inf):
+    grad_fn = lambda w, factor=factor: jax.tree.map(lambda x: factor * x, w)  # noqa: E731
+    _, state = tx.update(grad_fn(W), state, W, grad_fn=grad_fn)
+  assert optax.tree_utils.tree_get(state, "info").nonfinite_steps == 2
+
+
+def cost(fun):
+  w = {"kernel": jnp.ones((64, 32)), "bias": jnp.ones(32)}
+  x = jnp.ones((128, 64))
+  compiled = jax.jit(fun).lower(w, x).compile()
+  analysis = compiled.cost_analysis()
+  analysis = analysis[0] if isinstance(analysis, list) else analysis
+  return analysis["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_what_is_not_used_costs_nothing():
+  without = asam_jax.value_and_grad(loss)
+  with_info = asam_jax.value_and_grad(loss, with_info=True)
+  assert cost(lambda w, x: with_info(w, x)[:2]) == cost(without)
+
+
+def test_all_entries_cost_no_pass_through_the_model():
+  flops, _ = cost(asam_jax.value_and_grad(loss))
+  with_info, _ = cost(functools.partial(asam_jax.value_and_grad(loss, with_info=True)))
+  parameters = 64 * 32 + 32
+  assert with_info - flops < 60 * parameters
+  one_gradient, _ = cost(jax.value_and_grad(loss))
+  assert with_info - flops < 0.2 * one_gradient

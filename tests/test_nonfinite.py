@@ -1,0 +1,174 @@
+"""A NaN or inf in either pass skips the step: nothing moves, and it is counted."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import asam_jax
+
+W = {"kernel": jnp.array([1.0, -2.0, 0.5]), "bias": jnp.array([0.5])}
+BASES = {
+    "adam": lambda: optax.adam(0.1),
+    # Makes a finite update of an infinite gradient.
+    "lion": lambda: optax.lion(0.1),
+    # Makes none in most steps, so that the updates say nothing.
+    "accumulation": lambda: optax.MultiSteps(
+        optax.adam(0.1), 3
+    ).gradient_transformation(),
+    "typed keys": lambda: optax.chain(
+        optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.1)
+    ),
+}
+
+
+def link(**options):
+  ascent_tx = optax.chain(optax.ema(0.9), asam_jax.ascent(0.3, **options))
+  return asam_jax.perturbed_gradient(ascent_tx)
+
+
+def step(tx, w, state, clean=1.0, perturbed=1.0):
+  """A step on a parabola; the factors spoil one entry of a pass's gradient."""
+
+  def spoiled(w, factor):
+    return w | {"kernel": w["kernel"].at[1].multiply(factor)}
+
+  updates, state = tx.update(
+      spoiled(w, clean), state, w, grad_fn=functools.partial(spoiled, factor=perturbed)
+  )
+  return optax.apply_updates(w, updates), state
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("which", ["clean", "perturbed"])
+@pytest.mark.parametrize("jit", [False, True])
+def test_the_whole_step_is_skipped_and_counted(base, bad, which, jit):
+  tx = asam_jax.skip_nonfinite(link(), BASES[base]())
+  run = functools.partial(step, tx)
+  run = jax.jit(run) if jit else run
+  w, state = run(W, tx.init(W))
+  after, skipped = run(w, state, **{which: bad})
+  chex.assert_trees_all_equal(after, w)
+  assert skipped.skipped == state.skipped + 1
+  for new, old in zip(
+      jax.tree.leaves((skipped.link, skipped.base)),
+      jax.tree.leaves((state.link, state.base)),
+      strict=True,
+  ):
+    assert new.dtype == old.dtype
+    assert (new == old).all()
+  # And goes on as if nothing had been.
+  chex.assert_trees_all_close(run(after, skipped)[0], run(w, state)[0])
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_without_a_nan_it_is_the_chain(base):
+  tx = asam_jax.skip_nonfinite(link(), BASES[base]())
+  chain = optax.chain(link(), BASES[base]())
+  got, expected = (W, tx.init(W)), (W, chain.init(W))
+  for _ in range(4):
+    got, expected = step(tx, *got), step(chain, *expected)
+  chex.assert_trees_all_equal(got[0], expected[0])
+  assert got[1].skipped == 0
+
+
+def test_state_dtypes_and_one_compilation():
+  tx = asam_jax.skip_nonfinite(
+      asam_jax.adaptive_sam(optax.identity(), 0.3), optax.adam(0.1)
+  )
+  run = jax.jit(functools.partial(step, tx))
+  state = tx.init(W)
+  w = W
+  for factor in (1.0, jnp.nan, 1.0):
+    w, after = run(w, state, factor)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    state = after
+  assert run._cache_size() == 1
+  body = lambda carry, bad: (step(tx, *carry, bad), None)  # noqa: E731
+  (_, state), _ = jax.lax.scan(body, (W, tx.init(W)), jnp.array([1.0, jnp.nan, 1.0]))
+  assert state.skipped == 1
+
+
+def test_the_log_is_of_the_skipped_step():
+  tx = asam_jax.skip_nonfinite(
+      asam_jax.adaptive_sam(optax.identity(), 0.3, with_info=True), optax.adam(0.1)
+  )
+  w, state = step(tx, W, tx.init(W))
+  w, state = step(tx, w, state, clean=jnp.inf)
+  info = optax.tree_utils.tree_get(state, "info")
+  assert info.gradient_norm == jnp.inf
+  assert info.nonfinite_steps == state.skipped == 1
+  _, state = step(tx, w, state, perturbed=jnp.nan)
+  assert optax.tree_utils.tree_get(state, "info").nonfinite_steps == 2
+
+
+def test_extra_arguments_reach_the_base():
+  base_tx = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+  tx = asam_jax.skip_nonfinite(link(), base_tx)
+  updates, state = tx.update(
+      W, tx.init(W), W, grad_fn=lambda w: w, value=jnp.array(2.0)
+  )
+  assert optax.tree_utils.tree_get(state, "best_value") == 2
+  assert jnp.isfinite(updates["kernel"]).all()
+
+
+def test_devices_agree_to_skip():
+  # The gradient of one of four devices is bad; all must skip, or they part.
+  tx = asam_jax.skip_nonfinite(
+      asam_jax.adaptive_sam(optax.identity(), 0.3, axis_name="data"),
+      optax.sgd(0.1),
+      axis_name="data",
+  )
+  run = jax.vmap(
+      lambda clean: step(tx, W, tx.init(W), clean), axis_name="data"
+  )
+  after, state = run(jnp.array([1.0, 1.0, jnp.inf, 1.0]))
+  np.testing.assert_array_equal(state.skipped, 1)
+  for i in range(4):
+    chex.assert_trees_all_equal(jax.tree.map(lambda x, i=i: x[i], after), W)
+
+
+def test_apply_if_finite_around_is_not_enough():
+  # The reason for skip_nonfinite: it looks at the incoming gradient alone.
+  tx = optax.apply_if_finite(asam_jax.adaptive_sam(optax.sgd(0.1), 0.3), 5)
+  after, state = step(tx, W, tx.init(W), clean=jnp.nan)
+  chex.assert_trees_all_equal(after, W)
+  assert state.total_notfinite == 1
+  after, state = step(tx, W, tx.init(W), perturbed=jnp.inf)
+  assert not jnp.isfinite(after["kernel"]).all()
+  assert state.total_notfinite == 0
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("p", [1, 2, 3, jnp.inf])
+def test_apply_if_finite_on_the_function_transformation(bad, p):
+  # A bad clean gradient gives a NaN in the perturbed one, so one look is enough.
+  tx = optax.apply_if_finite(optax.adam(0.1), 5)
+
+  def loss(w, factor):
+    # At w itself the gradient is bad, at any other point it isn't.
+    return jnp.sum(w["kernel"] ** 2) + jnp.sum(w["bias"] ** 2 * factor)
+
+  state = tx.init(W)
+  _, grads = asam_jax.value_and_grad(loss, 0.3, p=float(p))(W, bad)
+  updates, state = tx.update(grads, state, W)
+  chex.assert_trees_all_equal(optax.apply_updates(W, updates), W)
+  assert state.total_notfinite == 1
+
+
+def test_apply_if_finite_around_one_gradient_methods():
+  tx = optax.apply_if_finite(
+      asam_jax.carried(optax.adam(0.1), asam_jax.ascent(0.3)), 5
+  )
+  w, state = W, tx.init(W)
+  updates, state = tx.update(W, state, w)
+  w = optax.apply_updates(w, updates)
+  updates, after = tx.update(jax.tree.map(lambda x: jnp.nan * x, W), state, w)
+  chex.assert_trees_all_equal(optax.apply_updates(w, updates), w)
+  chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+  assert after.total_notfinite == 1
