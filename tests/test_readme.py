@@ -1,8 +1,11 @@
 """The README's code runs: both loops, before and after their diffs."""
 
 import doctest
+import importlib
+import json
 from pathlib import Path
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -103,3 +106,11 @@ def test_pictures_and_files_exist():
   assert local
   for link in local:
     assert (Path(__file__).parent.parent / link).exists(), link
+
+
+def test_quickstart_table_is_that_of_the_results():
+  folder = Path(__file__).parent.parent
+  sys.path.append(str(folder / "examples"))
+  report = importlib.import_module("quickstart_report")
+  lines = (folder / "results/quickstart/results.jsonl").read_text().splitlines()
+  assert report.table([json.loads(line) for line in lines]).strip() in README
