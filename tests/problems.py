@@ -136,15 +136,35 @@ PROBLEMS = {
 
 
 class Row(NamedTuple):
-  """One optimizer: ``make(base_tx, rho)``, a usual rho, gradients per step."""
+  """One optimizer: ``make(base_tx, rho)``, a usual rho, gradients per step.
+
+  One without ``grad_fn`` carries its perturbation in the parameters.
+  """
 
   make: Callable[..., optax.GradientTransformationExtraArgs]
   rho: float
   needs_grad_fn: bool = True
 
+  def clean(self, params: Any, state: Any) -> Any:
+    return params if self.needs_grad_fn else asam_jax.eval_params(state)
+
 
 def _adaptive(**options: Any) -> Callable[..., Any]:
   return lambda base_tx, rho: asam_jax.adaptive_sam(base_tx, rho, **options)
+
+
+def _look_sam(base_tx: Any, rho: Any) -> Any:
+  link = asam_jax.perturbed_gradient(asam_jax.ascent(rho))
+  link = asam_jax.sometimes(link, lambda step: step % 2 == 0, reuse=0.1)
+  return optax.chain(link, base_tx)
+
+
+def _composed(base_tx: Any, rho: Any) -> Any:
+  """Friendly SAM in two ascent steps, as GSAM, where AE-SAM's policy says so."""
+  ascent_tx = optax.chain(asam_jax.subtract_ema(0.9), asam_jax.ascent(rho))
+  link = asam_jax.perturbed_gradient(asam_jax.iterated(ascent_tx, 2))
+  link = asam_jax.combined(link, asam_jax.surrogate_gap(0.2))
+  return optax.chain(asam_jax.sometimes(link, asam_jax.above_average()), base_tx)
 
 
 OPTIMIZERS: dict[str, Row] = {
@@ -163,6 +183,18 @@ OPTIMIZERS: dict[str, Row] = {
         ),
         0.01,
     ),
+    "carried": Row(
+        lambda base_tx, rho: asam_jax.carried(base_tx, asam_jax.ascent(rho)),
+        0.01,
+        needs_grad_fn=False,
+    ),
+    "momentum_sam": Row(
+        lambda base_tx, rho: asam_jax.momentum_sam(base_tx, rho),
+        0.01,
+        needs_grad_fn=False,
+    ),
+    "look_sam": Row(_look_sam, 0.03),
+    "composed": Row(_composed, 0.01),
 }
 
 

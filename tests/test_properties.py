@@ -48,8 +48,8 @@ def test_convergence(name, problem):
   @jax.jit
   def train(params):
     body = lambda carry, _: (step(*carry), None)  # noqa: E731
-    (params, _), _ = jax.lax.scan(body, (params, tx.init(params)), length=steps)
-    return params
+    carry, _ = jax.lax.scan(body, (params, tx.init(params)), length=steps)
+    return row.clean(*carry)
 
   assert loss(start) > goal
   assert loss(train(start)) < goal
@@ -152,7 +152,7 @@ def test_extra_arguments_reach_the_base_optimizer(name):
   base_tx = optax.GradientTransformationExtraArgs(
       lambda params: optax.EmptyState(), scale_by_argument
   )
-  tx, _, params = setup(name, base_tx=base_tx)
+  tx, _, params = setup(name, 0.0, base_tx)
   grads = jax.tree.map(jnp.ones_like, params)
   updates, _ = tx.update(
       grads, tx.init(params), params, grad_fn=lambda params: grads, factor=-3.0
