@@ -8,6 +8,7 @@ coordinate that the loss does not depend on.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import PRNGKeyArray
+import numpy as np
 import optax
 
 from asam_jax import _ascent
@@ -80,11 +82,17 @@ class Coordinates:
     """Independent coordinates of -1 and 1."""
     return self._draw(jax.random.rademacher, key)
 
+  def cube(self, key: PRNGKeyArray) -> Delta:
+    """Independent coordinates, uniform in [-1, 1)."""
+    draw = functools.partial(jax.random.uniform, minval=-1, maxval=1)
+    return self._draw(draw, key)
+
   def _draw(self, draw: Callable[..., Array], key: PRNGKeyArray) -> Delta:
-    keys = jax.random.split(key, len(self.shapes))
-    return [
-        draw(k, shape, self.dtype) for k, shape in zip(keys, self.shapes, strict=True)
-    ]
+    # One draw for all leaves: each draw of its own would take seconds to compile.
+    flat = draw(key, (self.size,), self.dtype)
+    ends = np.cumsum([math.prod(shape) for shape in self.shapes])[:-1]
+    parts = jnp.split(flat, ends)
+    return [x.reshape(shape) for x, shape in zip(parts, self.shapes, strict=True)]
 
   def epsilon(self, delta: Delta) -> Any:
     """T delta as a perturbation: the structure and dtypes of params."""
@@ -185,12 +193,9 @@ def uniform_in_ball(
     coordinates: Coordinates, key: PRNGKeyArray, rho: Any, p: float
 ) -> Delta:
   """A uniform draw from the ball ||delta||_p <= rho, p in {1, 2, inf}."""
-  key, radius_key = jax.random.split(key)
-  signs = coordinates.signs(key)
   if math.isinf(p):
-    draws = coordinates._draw(jax.random.uniform, radius_key)
-    return [rho * s * d for s, d in zip(signs, draws, strict=True)]
-  key, radius_key = jax.random.split(radius_key)
+    return [rho * d for d in coordinates.cube(key)]
+  key, radius_key = jax.random.split(key)
   draw = jax.random.normal if p == 2 else jax.random.laplace
   draws = coordinates._draw(draw, key)
   radius = jax.random.uniform(radius_key, (), coordinates.dtype)

@@ -81,7 +81,7 @@ def worst_case(
     eta: the stabilizer of T_w, >= 0, in the unit of the weights; likewise.
     p: the norm's exponent: 1, 2 or inf; any in [1, inf] for ``"one_step"``.
     method: ``"apgd"``, Auto-PGD: momentum, step halved where progress stalls;
-      ``"pga"``, projected gradient ascent with the step 2.5 rho / steps;
+      ``"pga"``, projected gradient ascent, its step falling from rho to 0;
       ``"one_step"``, the closed form that ASAM takes.
     steps: the number of iterations of a search.
     restarts: the number of random starts in the ball, beside the one at w. At a
@@ -130,33 +130,25 @@ def worst_case(
   rho = jnp.asarray(rho, coordinates.dtype)
   rise = _rise(coordinates.pull_back(loss), coordinates.zeros())
   schedule = _schedule(steps, method)
-  first = 2 * rho if method == "apgd" else 2.5 * rho / steps
+  first = 2 * rho if method == "apgd" else rho
 
-  def search(start):
-    return _search(rise, start, rho, p, first, schedule)
+  def search(best, inputs):
+    index, key = inputs
+    start = [
+        jnp.where(index == 0, 0, x)
+        for x in _g.uniform_in_ball(coordinates, key, rho, p)
+    ]
+    delta, value, trace = _search(rise, start, rho, p, first, schedule)
+    # NaN at the one step must not hide what a search found.
+    better = (value > best[0]) | (jnp.isnan(best[0]) & (value > -jnp.inf))
+    return _select(better, (value, coordinates.epsilon(delta)), best), trace
 
-  # One search after another: memory stays that of one.
-  results = [search(coordinates.zeros())]
-  if restarts:
-    key = jax.random.key(0) if key is None else key
-    others = lax.map(
-        lambda k: search(_g.uniform_in_ball(coordinates, k, rho, p)),
-        jax.random.split(key, restarts),
-    )
-    results += [jtu.tree_map(lambda x, i=i: x[i], others) for i in range(restarts)]
-
-  value, epsilon = single.value, single.perturbation
-  for delta, reached, _ in results:
-    better = reached > value
-    # NaN at w itself, or at the one step, must not hide what a search found.
-    better |= jnp.isnan(value) & ~jnp.isnan(reached)
-    epsilon = jtu.tree_map(
-        lambda new, old, better=better: jnp.where(better, new, old),
-        coordinates.epsilon(delta),
-        epsilon,
-    )
-    value = jnp.where(better, reached, value)
-  return WorstCase(value, epsilon, jnp.stack([trace for _, _, trace in results]))
+  # One search after another: compiled once, and memory stays that of one.
+  keys = jax.random.split(jax.random.key(0) if key is None else key, 1 + restarts)
+  (value, epsilon), trace = lax.scan(
+      search, (single.value, single.perturbation), (jnp.arange(1 + restarts), keys)
+  )
+  return WorstCase(value, epsilon, trace)
 
 
 def _check(method: str, p: float, steps: int, restarts: int) -> None:
@@ -202,18 +194,18 @@ def checkpoints(steps: int) -> list[int]:
 
 
 class _Schedule(NamedTuple):
-  """For each iteration: the gaps between checkpoints, 0 where there is none."""
+  """For each point: the steps since the last checkpoint, 0 where there is none."""
 
-  gaps: Int[Array, " steps"]
+  gaps: Int[Array, " points"]
   momentum: bool
 
 
 def _schedule(steps: int, method: str) -> _Schedule:
-  gaps = [0] * steps
+  gaps = [0] * (steps + 1)
   if method == "apgd":
     last = 0
     for i in checkpoints(steps):
-      gaps[i - 1], last = i - last, i
+      gaps[i], last = i - last, i
   return _Schedule(jnp.array(gaps, jnp.int32), method == "apgd")
 
 
@@ -233,39 +225,44 @@ class _Progress(NamedTuple):
 
 
 def _search(rise, start, rho, p, first_step, schedule: _Schedule):
-  """(best delta, its value, values at all points)."""
-  value, grads = rise(start)
-  now = _Point(start, value, grads)
+  """(best delta, its value, values at all points); -inf if all values are NaN."""
+  lowest = jnp.full_like(first_step, -jnp.inf)
+  nowhere = _Point(start, lowest, start)
   zero = jnp.zeros((), jnp.int32)
-  progress = _Progress(first_step, zero, jnp.array(False), value)
+  progress = _Progress(first_step, zero, jnp.array(True), lowest)
 
-  def iterate(carry, inputs):
-    now, before, best, progress = carry
+  def visit(carry, inputs):
+    delta, before, best, progress = carry
     index, gap = inputs
-    delta = _move(now, before, progress.step, rho, p, schedule.momentum, index)
-    new = _Point(delta, *rise(delta))
-    progress = progress._replace(
-        improved=progress.improved + (new.value > now.value)
-    )
-    better = (new.value > best.value) | jnp.isnan(best.value)
-    best = _select(better, new, best)
+    here = _Point(delta, *rise(delta))
+    value = here.value
+    rose = (index > 0) & (value > before.value)
+    progress = progress._replace(improved=progress.improved + rose)
+    best = _select(value > best.value, here, best)
     progress, restart = _adapt(progress, gap, best.value)
-    here = _select(restart, best, new)
     # A fresh start from the best point has no momentum.
-    before = _select(restart, best.delta, now.delta)
-    return (here, before, best, progress), new.value
+    here = _select(restart, best, here)
+    last = _select(restart | (index == 0), here.delta, before.delta)
+    if schedule.momentum:
+      target = _momentum_step(here, last, progress.step, rho, p, index)
+    else:
+      left = (1 - index / len(schedule.gaps)).astype(first_step.dtype)
+      target = _plain_step(here, progress.step * left, rho, p)
+    return (target, here, best, progress), value
 
+  carry = (start, nowhere, nowhere, progress)
   inputs = (jnp.arange(len(schedule.gaps)), schedule.gaps)
-  carry = (now, now.delta, now, progress)
-  (_, _, best, _), values = lax.scan(iterate, carry, inputs)
-  return best.delta, best.value, jnp.concatenate([value[None], values])
+  (_, _, best, _), values = lax.scan(visit, carry, inputs)
+  return best.delta, best.value, values
 
 
-def _move(now: _Point, before, step, rho, p, momentum: bool, index):
+def _plain_step(now: _Point, step, rho, p):
   direction = _g.ascent_direction(now.grads, step, p)
-  target = _g.project(_add(now.delta, direction), rho, p)
-  if not momentum:
-    return target
+  return _g.project(jtu.tree_map(jnp.add, now.delta, direction), rho, p)
+
+
+def _momentum_step(now: _Point, before, step, rho, p, index):
+  target = _plain_step(now, step, rho, p)
 
   def mix(x, new, old):
     mixed = x + _MOMENTUM * (new - x) + (1 - _MOMENTUM) * (x - old)
@@ -287,10 +284,6 @@ def _adapt(progress: _Progress, gap, best):
       best=best,
   )
   return _select(at_checkpoint, renewed, progress), halve
-
-
-def _add(a, b):
-  return jtu.tree_map(jnp.add, a, b)
 
 
 def _select(condition, a, b):

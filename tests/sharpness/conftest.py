@@ -1,0 +1,20 @@
+"""Checks the shapes and dtypes in the annotations while these tests run.
+
+The users' calls are not checked. Modules that something imported before (a doctest,
+say) are dropped, or the hook would come too late for them.
+"""
+
+import sys
+
+import jaxtyping
+
+from tests.sharpness import typecheck
+
+PACKAGES = ("asam_jax.sharpness", "asam_jax.landscape")
+
+for _name in [n for n in sys.modules if n.startswith(PACKAGES)]:
+  del sys.modules[_name]
+
+with jaxtyping.install_import_hook(PACKAGES, f"{typecheck.__name__}.check"):
+  import asam_jax.landscape
+  import asam_jax.sharpness  # noqa: F401

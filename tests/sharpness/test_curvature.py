@@ -1,0 +1,149 @@
+# ruff: noqa: E731  (losses of one line read best as lambdas)
+"""Eigenvalues and trace against dense Hessians, and the limit of small rho."""
+
+import functools
+
+import jax
+from jax import flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from asam_jax import sharpness
+from tests import problems
+from tests.sharpness import cases
+
+
+def dense(loss, params, eta, normalization):
+  """T H T in float64, leaf by leaf from the oracle's T."""
+  flat, unravel = flatten_util.ravel_pytree(params)
+  hessian = np.asarray(jax.hessian(lambda x: loss(unravel(x)))(flat))
+  t = flatten_util.ravel_pytree(jax.tree.map(
+      lambda w: problems.oracle_factor(w, eta, normalization), params))[0]
+  return np.asarray(t)[:, None] * hessian * np.asarray(t)
+
+
+def small_network():
+  params, batch = cases.network(0)
+  to_wide = lambda x: x.astype(jnp.float64)
+  return jax.tree.map(to_wide, params), (to_wide(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("normalization", ["none", "elementwise", "layerwise"])
+def test_against_a_dense_hessian(normalization):
+  with problems.enable_x64(True):
+    params, batch = small_network()
+    loss = cases.network_loss(batch)
+    matrix = dense(loss, params, 0.05, normalization)
+    expected, _ = np.linalg.eigh(matrix)
+    options = {"normalization": normalization, "normalize": cases.every_leaf}
+    result = sharpness.hessian_eigenvalues(
+        loss, params, 4, 0.05, steps=60, **options)
+    np.testing.assert_allclose(result.values, expected[::-1][:4], rtol=1e-6)
+    assert result.residuals.max() < 1e-3 * expected[-1]
+
+    # The directions are T v: unit in the adaptive norm, and eigenvectors.
+    t = jax.tree.map(
+        lambda w: problems.oracle_factor(w, 0.05, normalization), params)
+    for i in range(4):
+      v = flatten_util.ravel_pytree(jax.tree.map(
+          lambda e, t, i=i: e[i] / t, result.directions, t))[0]
+      np.testing.assert_allclose(np.linalg.norm(v), 1, rtol=1e-8)
+      np.testing.assert_allclose(
+          matrix @ v, result.values[i] * v, atol=1e-4 * expected[-1])
+
+    trace = sharpness.hessian_trace(loss, params, 0.05, samples=400, **options)
+    assert abs(trace.value - np.trace(matrix)) < 4 * trace.standard_error
+    assert trace.standard_error < 0.2 * np.trace(matrix)
+
+
+def test_residuals_tell_an_unconverged_value():
+  with problems.enable_x64(True):
+    params, batch = small_network()
+    loss = cases.network_loss(batch)
+    expected = np.linalg.eigvalsh(dense(loss, params, 0.0, "none"))
+    result = sharpness.hessian_eigenvalues(
+        loss, params, steps=4, normalization="none")
+    nearest = np.min(np.abs(expected - result.values[0]))
+    assert 1e-6 < nearest <= result.residuals[0] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("values", [
+    [5.0, 3.0, 0, 0, 0, 0, 0, 0],  # the Krylov space ends after three
+    [2.0] * 8,  # and after one
+    [0.0] * 8,
+    [-1.0, -2.0, -3.0, -4.0, -4.0, -4.0, -4.0, -4.0],
+])
+def test_krylov_space_that_ends_early(values):
+  hessian = jnp.array(values)
+  loss = lambda w: jnp.sum(hessian * w**2) / 2
+  result = sharpness.hessian_eigenvalues(
+      loss, jnp.ones(8), 3, steps=8, normalization="none")
+  np.testing.assert_allclose(
+      result.values, np.sort(values)[::-1][:3], atol=1e-5)
+
+
+def test_zero_weights_have_no_curvature_in_the_adaptive_geometry():
+  loss = lambda w: jnp.sum(jnp.array([1.0, 100.0, 4.0]) * w**2) / 2
+  result = sharpness.hessian_eigenvalues(loss, jnp.array([1.0, 0.0, 2.0]), 3, 0.0)
+  np.testing.assert_allclose(result.values, [16, 1, 0], atol=1e-5)
+  assert (result.directions[:2, 1] == 0).all()
+
+
+def test_small_rho_limit_of_one_step_worst_case_and_eigenvalue():
+  with problems.enable_x64(True):
+    params, batch = small_network()
+    loss = cases.network_loss(batch)
+    at = functools.partial(
+        sharpness.worst_case, loss, params, eta=0.0, steps=60, restarts=0)
+    grads = jax.grad(loss)(params)
+    first_order = lambda rho: rho * np.linalg.norm(flatten_util.ravel_pytree(
+        jax.tree.map(lambda w, g: g * w, params_normalized(params), grads))[0])
+    # At a point with a slope: all agree with rho ||T g|| to first order.
+    errors = []
+    for rho in (1e-2, 1e-3):
+      single, searched = at(rho, method="one_step").value, at(rho).value
+      np.testing.assert_allclose(searched, single, rtol=30 * rho)
+      errors.append(abs(single / first_order(rho) - 1))
+    assert errors[1] < 0.15 * errors[0]  # and the difference is of order rho
+
+    # With the slope taken off: rho^2 lambda_1 / 2, for the search; the one step
+    # cannot leave, for it has no gradient to follow.
+    flat_loss = lambda w: loss(w) - sum(
+        jnp.sum(g * x) for g, x in zip(
+            jax.tree.leaves(grads), jax.tree.leaves(w), strict=True))
+    top = sharpness.hessian_eigenvalues(flat_loss, params, 1, 0.0, steps=60).values[0]
+    found = sharpness.worst_case(
+        flat_loss, params, 1e-3, 0.0, steps=200, restarts=2).value
+    np.testing.assert_allclose(found, 1e-3**2 * top / 2, rtol=1e-2)
+    assert abs(sharpness.worst_case(
+        flat_loss, params, 1e-3, 0.0, method="one_step").value) < 1e-10
+
+
+def params_normalized(params):
+  """T of the default selection: |w| for kernels, 1 for biases."""
+  return [{"kernel": jnp.abs(layer["kernel"]), "bias": jnp.ones_like(layer["bias"])}
+          for layer in params]
+
+
+def test_works_under_jit_in_half_precision():
+  params, batch = cases.network(0)
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  run = jax.jit(lambda w: sharpness.hessian_eigenvalues(
+      cases.network_loss(batch), w, 1, 0.05).values)
+  np.testing.assert_allclose(run(half), run(params), rtol=0.15)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"k": 0}, "k=0"), ({"k": 3}, "k=3.*2 weights"), ({"steps": 0}, "steps=0"),
+     ({"k": 2, "steps": 1}, "k=2"), ({"eta": -1.0}, "eta=-1.0")],
+)
+def test_bad_values(options, message):
+  with pytest.raises(ValueError, match=message):
+    sharpness.hessian_eigenvalues(jnp.sum, jnp.ones(2), **options)
+
+
+def test_trace_needs_two_probes():
+  with pytest.raises(ValueError, match="samples=1"):
+    sharpness.hessian_trace(jnp.sum, jnp.ones(2), samples=1)

@@ -1,0 +1,140 @@
+# ruff: noqa: E731  (losses of one line read best as lambdas)
+"""Sharpness over a data set: batches, memory, devices, normalized logits."""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from asam_jax import sharpness
+from tests.sharpness import cases
+
+OPTIONS = {"rho": 0.3, "eta": 0.0, "steps": 5, "restarts": 1}
+
+
+def network_loss(params, batch):
+  return cases.network_loss(batch)(params)
+
+
+@functools.cache
+def measured():
+  params, batch = cases.network(0)
+  measure = sharpness.m_sharpness(network_loss, 10, **OPTIONS)
+  return params, batch, measure(params, batch)
+
+
+def test_is_the_weighted_mean_over_batches():
+  params, batch, result = measured()
+  expected = []
+  for i, (start, stop) in enumerate([(0, 10), (10, 20), (20, 24)]):
+    part = jax.tree.map(lambda x, a=start, b=stop: x[a:b], batch)
+    expected.append(sharpness.worst_case(
+        cases.network_loss(part), params,
+        key=jax.random.fold_in(jax.random.key(0), i), **OPTIONS).value)
+  np.testing.assert_allclose(result.values, expected, rtol=1e-4)
+  np.testing.assert_array_equal(result.sizes, [10, 10, 4])
+  np.testing.assert_allclose(
+      result.value, np.average(expected, weights=[10, 10, 4]), rtol=1e-4)
+
+
+def test_standard_error_of_equal_batches():
+  data = jnp.array([1.0, 2.0, 4.0, 7.0])
+  measure = sharpness.m_sharpness(
+      lambda w, x: jnp.mean(x) * w, 1, rho=1.0, eta=0.0, method="one_step")
+  result = measure(jnp.array(1.0), data)
+  np.testing.assert_allclose(result.value, 3.5)
+  np.testing.assert_allclose(
+      result.standard_error, np.std(data, ddof=1) / 2, rtol=1e-6)
+  assert np.isnan(measure(jnp.array(1.0), data[:1]).standard_error)
+
+
+def test_compiles_once_and_sees_one_batch_at_a_time():
+  shapes = []
+
+  def loss(w, x):
+    shapes.append(x.shape)
+    return jnp.mean((x @ w) ** 2)
+
+  measure = sharpness.m_sharpness(loss, 4, method="one_step")
+  data = np.ones((20, 3), np.float32)  # on the host
+  measure(jnp.ones(3), data)
+  traced = len(shapes)
+  measure(2 * jnp.ones(3), data)
+  assert len(shapes) == traced
+  assert set(shapes) == {(4, 3)}
+
+
+def test_devices_share_the_batches():
+  params, batch, _ = measured()
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("d",))
+  shared = sharpness.m_sharpness(network_loss, 5, mesh=mesh, **OPTIONS)
+  single = sharpness.m_sharpness(network_loss, 5, **OPTIONS)
+  # Four whole batches in two rounds, and four examples left over.
+  a, b = shared(params, batch), single(params, batch)
+  np.testing.assert_allclose(a.values, b.values, rtol=1e-4)
+  np.testing.assert_array_equal(a.sizes, [5, 5, 5, 5, 4])
+  assert len(set(np.asarray(a.values).tolist())) == 5
+
+
+def test_other_measures():
+  params, batch = cases.network(0)
+  for measure in (sharpness.average_case, sharpness.hessian_trace):
+    result = sharpness.m_sharpness(network_loss, 24, measure=measure, samples=4)(
+        params, batch, jax.random.key(3))
+    expected = measure(cases.network_loss(batch), params, samples=4,
+                       key=jax.random.fold_in(jax.random.key(3), 0)).value
+    np.testing.assert_allclose(result.value, expected, rtol=1e-4)
+
+
+def test_progress_bar(capsys):
+  measure = sharpness.m_sharpness(
+      lambda w, x: jnp.mean(x) * w, 1, method="one_step", progress=True)
+  measure(jnp.array(1.0), jnp.ones(3))
+  assert "3/3" in capsys.readouterr().err
+
+
+def test_progress_bar_alone_needs_tqdm(monkeypatch):
+  monkeypatch.setitem(sys.modules, "tqdm", None)
+  loss = lambda w, x: jnp.mean(x) * w
+  sharpness.m_sharpness(loss, 1, method="one_step")(jnp.array(1.0), jnp.ones(2))
+  with pytest.raises(ImportError, match="tqdm"):
+    sharpness.m_sharpness(loss, 1, method="one_step", progress=True)(
+        jnp.array(1.0), jnp.ones(2))
+
+
+def test_normalized_logits():
+  rng = np.random.default_rng(0)
+  x, w = rng.normal(size=(6, 4)), rng.normal(size=(4, 3))
+  y = rng.integers(0, 3, 6)
+  loss = sharpness.classification_loss(lambda w, x: x @ w, normalize_logits=True)
+  z = x @ w
+  z = z / z.std(axis=1, keepdims=True)
+  expected = np.mean(np.log(np.exp(z).sum(1)) - z[np.arange(6), y])
+  batch = (jnp.array(x, jnp.float32), jnp.array(y))
+  w = jnp.array(w, jnp.float32)
+  np.testing.assert_allclose(loss(w, batch), expected, rtol=1e-5)
+  # Confidence is out of the measure: the gradient is orthogonal to w.
+  slope = jax.grad(loss)(w, batch)
+  np.testing.assert_allclose(jnp.sum(slope * w), 0, atol=1e-6)
+  assert np.isfinite(jax.grad(loss)(jnp.zeros((4, 3)), batch)).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [((jnp.ones(3), jnp.ones(4)), "leading axis"), (jnp.ones((0, 2)), "one example"),
+     ((), "leading axis")])
+def test_bad_data(data, message):
+  measure = sharpness.m_sharpness(network_loss, 2)
+  with pytest.raises(ValueError, match=message):
+    measure(jnp.ones(2), data)
+
+
+def test_bad_arguments():
+  with pytest.raises(ValueError, match="m=0"):
+    sharpness.m_sharpness(network_loss, 0)
+  devices = np.array(jax.devices()[:2]).reshape(1, 2)
+  with pytest.raises(ValueError, match="one axis"):
+    sharpness.m_sharpness(network_loss, mesh=jax.sharding.Mesh(devices, ("a", "b")))

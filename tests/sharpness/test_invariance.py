@@ -1,0 +1,53 @@
+"""Adaptive measures are the same at w and Aw; plain ones are far from it."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from asam_jax import sharpness
+from tests import problems
+from tests.sharpness import cases
+
+# value(loss, params, **geometry) in float64.
+MEASURES = {
+    "one step, p=2": lambda loss, w, **o: sharpness.worst_case(
+        loss, w, 0.1, 0.0, 2, method="one_step", **o).value,
+    "one step, p=inf": lambda loss, w, **o: sharpness.worst_case(
+        loss, w, 0.05, 0.0, math.inf, method="one_step", **o).value,
+    "Auto-PGD, p=2": lambda loss, w, **o: sharpness.worst_case(
+        loss, w, 0.5, 0.0, 2, restarts=1, **o).value,
+    "Auto-PGD, p=inf": lambda loss, w, **o: sharpness.worst_case(
+        loss, w, 0.05, 0.0, math.inf, restarts=1, **o).value,
+    "projected ascent, p=1": lambda loss, w, **o: sharpness.worst_case(
+        loss, w, 0.5, 0.0, 1, method="pga", restarts=0, **o).value,
+    "average": lambda loss, w, **o: sharpness.average_case(
+        loss, w, 0.1, 0.0, samples=32, **o).value,
+    "uniform, p=inf": lambda loss, w, **o: sharpness.average_case(
+        loss, w, 0.1, 0.0, math.inf, distribution="uniform", samples=32, **o).value,
+    "largest eigenvalue": lambda loss, w, **o: sharpness.hessian_eigenvalues(
+        loss, w, 1, 0.0, **o).values[0],
+    "trace": lambda loss, w, **o: sharpness.hessian_trace(loss, w, 0.0, **o).value,
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_rescaling_a_relu_network(name, record_property):
+  with problems.enable_x64(True):
+    params, batch = cases.network(0)
+    params = jax.tree.map(lambda x: x.astype("float64"), params)
+    loss = cases.network_loss((batch[0].astype("float64"), batch[1]))
+    moved = cases.rescaled(params)
+    np.testing.assert_allclose(loss(moved), loss(params), rtol=1e-12)
+
+    changes = {}
+    for kind in ("elementwise", "none"):
+      run = jax.jit(lambda w, kind=kind: MEASURES[name](
+          loss, w, normalization=kind, normalize=cases.every_leaf))
+      changes[kind] = abs(float(run(moved) / run(params)) - 1)
+    record_property("relative change", changes)
+    print(f"{name}: adaptive {changes['elementwise']:.1e}, plain {changes['none']:.2g}")
+    # Exact but for rounding, which the searches' comparisons may amplify.
+    assert changes["elementwise"] < 1e-6
+    assert changes["none"] > 0.5

@@ -1,0 +1,298 @@
+# ruff: noqa: E731  (losses of one line read best as lambdas)
+"""Worst-case sharpness against closed forms, random search and its own promises."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize
+
+import asam_jax
+from asam_jax import sharpness
+from asam_jax.sharpness import _geometry
+from asam_jax.sharpness import _worst_case
+from tests import problems
+from tests.sharpness import cases
+
+SEARCHES = ("apgd", "pga")
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+@pytest.mark.parametrize("definite", [True, False])
+@pytest.mark.parametrize("normalization", ["none", "elementwise"])
+def test_quadratic_in_a_ball(method, definite, normalization):
+  with problems.enable_x64(True):
+    loss, w, slope, hessian = cases.quadratic(1, 6, definite)
+    t = problems.oracle_factor(w["w"], 0.05, normalization)
+    expected = cases.max_in_ball(t * slope, t[:, None] * hessian * t, 0.7)
+    result = sharpness.worst_case(
+        loss, w, 0.7, 0.05, method=method, steps=100, restarts=3,
+        normalization=normalization)
+    np.testing.assert_allclose(result.value, expected, rtol=1e-4)
+    assert result.value <= expected * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+@pytest.mark.parametrize(
+    ("p", "oracle"), [(math.inf, cases.max_in_box), (1, cases.max_in_diamond)])
+def test_quadratic_in_a_box_and_a_diamond(method, p, oracle):
+  with problems.enable_x64(True):
+    loss, w, slope, hessian = cases.quadratic(2, 5, definite=True)
+    t = problems.oracle_factor(w["w"], 0.0, "elementwise")
+    expected = oracle(t * slope, t[:, None] * hessian * t, 0.8)
+    result = sharpness.worst_case(
+        loss, w, 0.8, 0.0, p, method=method, steps=50, restarts=20)
+    np.testing.assert_allclose(result.value, expected, rtol=1e-6)
+
+
+def test_random_starts_leave_a_minimum():
+  with problems.enable_x64(True):
+    _, w, _, hessian = cases.quadratic(3, 6, definite=True)
+    center = w["w"]
+    loss = lambda x: (x["w"] - center) @ hessian @ (x["w"] - center) / 2
+    stuck = sharpness.worst_case(loss, w, 0.3, 0.0, restarts=0)
+    assert stuck.value == 0
+    found = sharpness.worst_case(loss, w, 0.3, 0.0, steps=100, restarts=1)
+    t = np.abs(np.asarray(center))
+    top = np.linalg.eigvalsh(t[:, None] * hessian * t)[-1]
+    np.testing.assert_allclose(found.value, 0.3**2 * top / 2, rtol=1e-4)
+
+
+# One compiled search serves many networks.
+@functools.partial(jax.jit, static_argnames=("p", "method", "steps", "restarts",
+                                             "normalization"))
+def measure(params, batch, rho, p=2, method="apgd", steps=20, restarts=1,
+            normalization="elementwise"):
+  return sharpness.worst_case(
+      cases.network_loss(batch), params, rho, 0.0, p, method=method, steps=steps,
+      restarts=restarts, normalization=normalization)
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+@pytest.mark.parametrize("method", SEARCHES)
+def test_bounds_on_networks(p, method):
+  rho = {1: 1.0, 2: 0.5, math.inf: 0.1}[p]
+  for seed in range(4):
+    params, batch = cases.network(seed)
+    loss = cases.network_loss(batch)
+    result = measure(params, batch, rho, p, method)
+    single = measure(params, batch, rho, p, "one_step")
+    assert result.value >= single.value
+    length = sharpness.adaptive_norm(result.perturbation, params, 0.0, p)
+    assert length <= rho * (1 + 1e-5)
+    moved = jax.tree.map(jnp.add, params, result.perturbation)
+    np.testing.assert_allclose(
+        result.value, loss(moved) - loss(params), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("p", [2, math.inf])
+def test_against_long_random_restarts(p):
+  rho = {2: 0.5, math.inf: 0.1}[p]
+  shares = []
+  for seed in range(4):
+    params, batch = cases.network(seed)
+    found = measure(params, batch, rho, p).value
+    long = measure(params, batch, rho, p, steps=100, restarts=20).value
+    shares.append(float(found / long))
+  # 0.9996 to 1.0000 (p = 2) and 0.994 to 1.0000 (p = inf) when written.
+  assert min(shares) > 0.98, shares
+  assert max(shares) < 1 + 1e-4, shares
+
+
+def test_beats_random_points_of_the_ball():
+  params, batch = cases.network(0)
+  loss = cases.network_loss(batch)
+  found = measure(params, batch, 0.5).value
+  coordinates = _geometry.Coordinates.build(params, 0.0, "elementwise", None, None)
+  at = coordinates.pull_back(loss)
+  keys = jax.random.split(jax.random.key(1), 200)
+  draw = lambda k: at(_geometry.uniform_in_ball(coordinates, k, 0.5, 2)) - loss(params)
+  assert found > jax.vmap(draw)(keys).max()
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, math.inf])
+def test_one_step_is_the_optimizers_perturbation(p):
+  params, batch = cases.network(0)
+  loss = cases.network_loss(batch)
+  result = sharpness.worst_case(loss, params, 0.3, 0.02, p, method="one_step")
+  tx = asam_jax.ascent(0.3, 0.02, p)
+  epsilon, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
+  for ours, theirs in zip(
+      jax.tree.leaves(result.perturbation), jax.tree.leaves(epsilon), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+  np.testing.assert_allclose(
+      result.value, loss(jax.tree.map(jnp.add, params, epsilon)) - loss(params),
+      rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_zero_weights_stay_and_the_radius_holds(method, p):
+  params, batch = cases.network(0)
+  params[0]["kernel"] = params[0]["kernel"].at[:2].set(0.0)
+  result = sharpness.worst_case(
+      cases.network_loss(batch), params, 0.4, 0.0, p, method=method)
+  np.testing.assert_array_equal(result.perturbation[0]["kernel"][:2], 0)
+  assert np.isfinite(result.trace).all()
+  length = sharpness.adaptive_norm(result.perturbation, params, 0.0, p)
+  np.testing.assert_allclose(length, 0.4, rtol=1e-4)  # the maximum is on the boundary
+
+
+def test_trace_holds_every_iterate():
+  params, batch = cases.network(0)
+  result = measure(params, batch, 0.5, steps=7, restarts=2)
+  assert result.trace.shape == (3, 8)
+  assert result.trace[0, 0] == 0  # row 0 starts at w
+  assert (result.trace[1:, 0] != 0).all()
+  np.testing.assert_allclose(result.value, result.trace.max(), rtol=1e-5)
+
+
+def test_selection_leaves_the_others_alone():
+  params, batch = cases.network(0)
+  chosen = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: "bias" not in jax.tree_util.keystr(path), params)
+  result = sharpness.worst_case(cases.network_loss(batch), params, perturb=chosen)
+  assert all((layer["bias"] == 0).all() for layer in result.perturbation)
+  assert all((layer["kernel"] != 0).any() for layer in result.perturbation)
+
+
+@pytest.mark.parametrize("rho", [0.0, 1e-25])
+def test_tiny_radius(rho):
+  params, batch = cases.network(0)
+  result = sharpness.worst_case(cases.network_loss(batch), params, rho)
+  assert result.value == 0
+  assert np.isfinite(result.trace).all()
+
+
+def test_vmap_agrees_with_one_by_one():
+  pairs = [cases.network(seed) for seed in range(3)]
+  stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *pairs)
+  values = jax.vmap(lambda w, b: measure(w, b, 0.5).value)(*stacked)
+  single = [measure(w, b, 0.5).value for w, b in pairs]
+  np.testing.assert_allclose(values, jnp.stack(single), rtol=1e-3)
+
+
+def test_half_precision_keeps_its_dtype():
+  params, batch = cases.network(0)
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  result = sharpness.worst_case(cases.network_loss(batch), params, 0.5)
+  assert {x.dtype for x in jax.tree.leaves(result.perturbation)} == {jnp.bfloat16}
+  assert result.value.dtype == jnp.float32
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+  expected = sharpness.worst_case(cases.network_loss(batch), wide, 0.5).value
+  np.testing.assert_allclose(result.value, expected, rtol=0.1)
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_single_precision_where_double_is_enabled(method):
+  with problems.enable_x64(True):
+    w = jnp.ones(2, jnp.float32)
+    result = sharpness.worst_case(lambda w: jnp.sum(w**2), w, 0.5, method=method)
+    assert result.value.dtype == result.perturbation.dtype == jnp.float32
+
+
+def test_nan_on_the_way_is_never_the_best():
+  # The loss has no value beyond 1.5, and the one step lands there.
+  loss = lambda w: jnp.where(w > 1.5, jnp.nan, w)
+  result = sharpness.worst_case(loss, jnp.array(1.0), 1.0, 0.0, restarts=4)
+  assert 0 < result.value <= 0.5
+
+
+def test_checkpoints_of_auto_pgd():
+  # 0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93, 0.99 of 100.
+  assert _worst_case.checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+  assert _worst_case.checkpoints(1) == []
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_projection_is_the_nearest_point(p):
+  rng = np.random.default_rng(0)
+  point = [jnp.array(rng.normal(size=(2, 2))), jnp.array(rng.normal(size=3))]
+  flat = np.concatenate([np.ravel(x) for x in point])
+  norm = lambda x: np.linalg.norm(x, p)
+  projected = _geometry.project(point, 1.0, p)
+  found = np.concatenate([np.ravel(x) for x in projected])
+  assert norm(found) <= 1 + 1e-6
+  # In twice the variables, x = a - b with a, b >= 0, each ball is smooth.
+  n = len(flat)
+  limits = {
+      1: lambda z: 1 - z.sum(),
+      2: lambda z: 1 - np.sum((z[:n] - z[n:]) ** 2),
+      math.inf: lambda z: 1 - (z[:n] + z[n:]),
+  }
+  best = optimize.minimize(
+      lambda z: np.sum((z[:n] - z[n:] - flat) ** 2), np.full(2 * n, 0.05),
+      constraints={"type": "ineq", "fun": limits[p]}, bounds=[(0, None)] * 2 * n,
+      method="SLSQP", options={"ftol": 1e-12, "maxiter": 500})
+  np.testing.assert_allclose(found, best.x[:n] - best.x[n:], atol=1e-4)
+  inside = [x / 10 for x in point]
+  for a, b in zip(_geometry.project(inside, 1.0, p), inside, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_uniform_draws_fill_the_ball(p):
+  coordinates = _geometry.Coordinates.build(jnp.ones(3), 0.0, "none", None, None)
+  draw = lambda k: _geometry.uniform_in_ball(coordinates, k, 2.0, p)[0]
+  points = jax.vmap(draw)(jax.random.split(jax.random.key(0), 4000))
+  lengths = np.linalg.norm(np.asarray(points), ord=p, axis=1)
+  # P(length <= r) = (r / 2)^3 for any norm; the quartiles of 4000 draws.
+  np.testing.assert_allclose(
+      np.quantile(lengths, [0.25, 0.5, 0.75]),
+      2 * np.cbrt([0.25, 0.5, 0.75]), rtol=0.03)
+  assert lengths.max() <= 2 * (1 + 1e-6)
+  np.testing.assert_allclose(np.asarray(points).mean(0), 0, atol=0.08)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "newton"}, "method='newton'"),
+        ({"p": 3}, "p=3.*one_step"),
+        ({"p": 0.5}, "p=0.5"),
+        ({"rho": -1.0}, "rho=-1.0"),
+        ({"eta": -1.0}, "eta=-1.0"),
+        ({"steps": 0}, "steps=0"),
+        ({"restarts": -1}, "restarts=-1"),
+        ({"normalization": "spectral"}, "normalization='spectral'"),
+        ({"perturb": lambda path, leaf: False}, "no parameter to perturb"),
+    ],
+)
+def test_bad_values(options, message):
+  with pytest.raises(ValueError, match=message):
+    sharpness.worst_case(jnp.sum, jnp.ones(2), **options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (lambda w: w, {}, r"shape \(2,\)"),
+        (lambda w: (w.sum(), None), {}, "no aux"),
+        (lambda w: 1, {}, "one real number"),
+        (jnp.sum, {"rho": lambda step: 0.1}, "schedule"),
+        (jnp.sum, {"rho": "0.1"}, "rho='0.1'"),
+    ],
+)
+def test_bad_types(loss, options, message):
+  with pytest.raises(TypeError, match=message):
+    sharpness.worst_case(loss, jnp.ones(2), **options)
+
+
+def test_integer_parameters_are_refused():
+  with pytest.raises(TypeError, match="int32"):
+    sharpness.worst_case(jnp.sum, {"steps": jnp.array(3)})
+
+
+def test_adaptive_norm():
+  w = {"kernel": jnp.array([2.0, 0.0, -4.0]), "bias": jnp.array([1.0])}
+  e = {"kernel": jnp.array([1.0, 0.0, 1.0]), "bias": jnp.array([0.5])}
+  norm = functools.partial(sharpness.adaptive_norm, e, w, 0.0)
+  for p in (1, 2, 3, math.inf):
+    np.testing.assert_allclose(norm(p), np.linalg.norm([0.5, 0.25, 0.5], p), rtol=1e-6)
+  moved = {"kernel": jnp.array([0.0, 1.0, 0.0]), "bias": jnp.zeros(1)}
+  assert sharpness.adaptive_norm(moved, w, 0.0) == jnp.inf
+  with pytest.raises(TypeError, match="epsilon"):
+    sharpness.adaptive_norm([e], w)

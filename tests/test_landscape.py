@@ -1,0 +1,181 @@
+# ruff: noqa: E731  (losses of one line read best as lambdas)
+"""Slices of the loss surface: positions, values, directions, the ball, plots."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+import asam_jax
+from asam_jax import landscape
+from asam_jax import sharpness
+from tests.sharpness import cases
+
+KINDS = ("adaptive", "random", "filter", "gradient", "eigenvector")
+
+
+def norm(a):
+  return float(jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(a))))
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_directions_have_unit_length(kind, p):
+  params, batch = cases.network(0)
+  d = landscape.direction(kind, params, p=p, loss=cases.network_loss(batch), steps=8)
+  np.testing.assert_allclose(
+      sharpness.adaptive_norm(d, params, p=p), 1, rtol=1e-5)
+
+
+def test_gradient_direction_is_the_ascent():
+  params, batch = cases.network(0)
+  loss = cases.network_loss(batch)
+  d = landscape.direction("gradient", params, loss=loss)
+  tx = asam_jax.ascent(rho=1.0)
+  epsilon, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
+  for a, b in zip(jax.tree.leaves(d), jax.tree.leaves(epsilon), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_eigenvector_direction_has_the_curvature():
+  params, batch = cases.network(0)
+  loss = cases.network_loss(batch)
+  pairs = sharpness.hessian_eigenvalues(loss, params, 2)
+  for index in (0, 1):
+    d = landscape.direction("eigenvector", params, loss=loss, index=index)
+    product = jax.jvp(jax.grad(loss), (params,), (d,))[1]
+    curvature = sum(jnp.sum(a * b) for a, b in zip(
+        jax.tree.leaves(d), jax.tree.leaves(product), strict=True))
+    np.testing.assert_allclose(curvature, pairs.values[index], rtol=0.02)
+
+
+def test_filter_direction_has_the_filters_proportions():
+  kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 4)) * jnp.arange(1.0, 5)
+  d = landscape.direction("filter", {"kernel": kernel, "bias": jnp.ones(4)})
+  lengths = lambda x: np.linalg.norm(np.asarray(x).reshape(-1, 4), axis=0)
+  ratio = lengths(d["kernel"]) / lengths(kernel)
+  np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)
+  np.testing.assert_array_equal(d["bias"], 0)
+
+
+def test_adaptive_direction_follows_the_weights():
+  w = jnp.array([100.0, 1.0])
+  draw = lambda kind: np.abs(np.stack([
+      landscape.direction(kind, w, 0.0, key=jax.random.key(i)) for i in range(20)]))
+  adaptive, plain = draw("adaptive"), draw("random")
+  assert np.median(adaptive[:, 0] / adaptive[:, 1]) > 20
+  assert np.median(plain[:, 0] / plain[:, 1]) < 5
+
+
+def test_perturb_keeps_leaves_fixed():
+  params, _ = cases.network(0)
+  for kind in ("adaptive", "random", "filter"):
+    d = landscape.direction(kind, params, perturb=asam_jax.is_not_bias)
+    assert all((layer["bias"] == 0).all() for layer in d)
+
+
+def test_line_is_the_loss_on_the_line():
+  params, batch = cases.network(0)
+  loss = cases.network_loss(batch)
+  d = landscape.direction("adaptive", params)
+  result = landscape.line(loss, params, d, rho=0.3, extent=1.5, points=7)
+  np.testing.assert_allclose(result.x, np.linspace(-1.5, 1.5, 7), rtol=1e-6)
+  expected = [loss(jax.tree.map(lambda w, e, x=x: w + 0.3 * x * e, params, d))
+              for x in result.x]
+  np.testing.assert_allclose(result.values, expected, rtol=1e-5)
+
+
+def test_surface_axes_and_rows():
+  # Far apart slopes tell x from y.
+  loss = lambda w: w[0] + 10 * w[1]
+  ds = [jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])]
+  result = landscape.surface(loss, jnp.zeros(2), ds, 0.5, 1.0, extent=2, points=5)
+  x, y = np.meshgrid(result.x, result.y)
+  np.testing.assert_allclose(result.values, 0.5 * (x + 10 * y), rtol=1e-6)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, math.inf])
+def test_ball_is_the_boundary(p):
+  params, _ = cases.network(0)
+  ds = [landscape.direction(kind, params, p=p, key=jax.random.key(i))
+        for i, kind in enumerate(("adaptive", "random"))]
+  # Far from orthogonal: the outline must not assume that.
+  ds[1] = jax.tree.map(lambda a, b: a + b, *ds)
+  result = landscape.surface(lambda w: w[0]["bias"].sum(), params, ds, 0.3, p=p,
+                             points=2)
+  for x, y in np.asarray(result.ball)[::40]:
+    e = jax.tree.map(lambda a, b, x=x, y=y: 0.3 * (x * a + y * b), *ds)
+    np.testing.assert_allclose(
+        sharpness.adaptive_norm(e, params, p=p), 0.3, rtol=1e-4)
+  np.testing.assert_allclose(result.ball[0], result.ball[-1], atol=1e-5)
+
+
+def test_plane_goes_through_its_points():
+  points = [cases.network(seed)[0] for seed in range(3)]
+  loss = cases.network_loss(cases.network(0)[1])
+  result = landscape.plane(loss, points, margin=0.0, points=3)
+  distance = lambda i, j: norm(jax.tree.map(jnp.subtract, points[i], points[j]))
+  corners = np.asarray(result.corners)
+  for i, j in [(0, 1), (0, 2), (1, 2)]:
+    np.testing.assert_allclose(
+        np.linalg.norm(corners[i] - corners[j]), distance(i, j), rtol=1e-5)
+  np.testing.assert_allclose(result.values[0, 0], loss(points[0]), rtol=1e-4)
+  np.testing.assert_allclose(result.values[0, -1], loss(points[1]), rtol=1e-4)
+  middle = jax.tree.map(lambda a, b: (a + b) / 2, *points[:2])
+  np.testing.assert_allclose(result.values[0, 1], loss(middle), rtol=1e-4)
+
+
+def test_plane_reaches_the_third_point():
+  corners = [jnp.zeros(3), jnp.array([2.0, 0.0, 0.0]), jnp.array([2.0, 3.0, 4.0])]
+  result = landscape.plane(lambda w: w @ jnp.array([1.0, 10.0, 100.0]), corners,
+                           margin=0.0, points=2)
+  np.testing.assert_allclose(result.corners[2], [2, 5], rtol=1e-6)
+  np.testing.assert_allclose(result.values, [[0, 2], [430, 432]], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda w: landscape.direction("up", w), ValueError, "kind='up'"),
+        (lambda w: landscape.direction("gradient", w), ValueError, "loss=None"),
+        (lambda w: landscape.direction("gradient", w, loss=lambda w: 0 * w.sum()),
+         ValueError, "zero gradient"),
+        (lambda w: landscape.direction("random", 0 * w, 0.0), ValueError, "eta > 0"),
+        (lambda w: landscape.line(jnp.sum, w, w, points=1), ValueError, "points=1"),
+        (lambda w: landscape.line(jnp.sum, w, w, extent=0), ValueError, "extent=0"),
+        (lambda w: landscape.line(jnp.sum, w, w[:1]), TypeError, "direction"),
+        (lambda w: landscape.line(lambda w: w, w, w), TypeError, "shape"),
+        (lambda w: landscape.surface(jnp.sum, w, [w]), ValueError, "1 entries"),
+        (lambda w: landscape.surface(jnp.sum, w, [w, -w]), ValueError, "parallel"),
+        (lambda w: landscape.plane(jnp.sum, [w, w]), ValueError, "2 entries"),
+        (lambda w: landscape.plane(jnp.sum, [w, w, w]), ValueError, "equal"),
+        (lambda w: landscape.plane(jnp.sum, [w, 2 * w, 3 * w]), ValueError, "line"),
+    ],
+)
+def test_errors(call, error, message):
+  with pytest.raises(error, match=message):
+    call(jnp.array([1.0, 2.0]))
+
+
+def test_plots_show_what_was_computed(tmp_path):
+  mpl.use("agg")
+  loss = lambda w: jnp.sum(w**2)
+  w, ds = jnp.array([1.0, 2.0]), [jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])]
+  lines = {"SGD": landscape.line(loss, w, ds[0], points=5)}
+  ax = landscape.plot_line(lines)
+  np.testing.assert_allclose(ax.lines[0].get_ydata(), lines["SGD"].values)
+  assert [t.get_text() for t in ax.get_legend().get_texts()] == ["SGD"]
+
+  surface = landscape.surface(loss, w, ds, points=5)
+  ax = landscape.plot_surface(surface)
+  np.testing.assert_allclose(ax.lines[0].get_xydata(), surface.ball)
+  assert r"\rho" in ax.get_xlabel()
+
+  plane = landscape.plane(loss, [w, *ds], points=5)
+  ax = landscape.plot_plane(plane, ("a", "b", "c"))
+  assert [t.get_text() for t in ax.texts] == ["a", "b", "c"]
+  ax.figure.savefig(tmp_path / "plane.png")
+  mpl.pyplot.close("all")
