@@ -156,8 +156,10 @@ def hessian_trace(
   .. math:: \mathrm{tr}(T_w \nabla^2 L(w)\, T_w)
     = \mathbb{E}_z\, z^\top T_w \nabla^2 L(w)\, T_w z
 
-  with independent signs z (Hutchinson). For small rho the average-case sharpness
-  is :math:`\rho^2/2` times it. It costs ``samples`` Hessian-vector products.
+  with independent signs z (Hutchinson). For a smooth loss and small rho the normal
+  average-case sharpness is :math:`\rho^2/2` times it. ReLU networks reach that limit
+  only once rho is below the distance to the nearest kink: the Hessian does not see
+  kinks, and the average does. It costs ``samples`` Hessian-vector products.
 
   Args:
     loss: ``loss(params) -> scalar``, twice differentiable almost everywhere.

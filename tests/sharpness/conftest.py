@@ -6,7 +6,9 @@ say) are dropped, or the hook would come too late for them.
 
 import sys
 
+import jax
 import jaxtyping
+import pytest
 
 from tests.sharpness import typecheck
 
@@ -18,3 +20,12 @@ for _name in [n for n in sys.modules if n.startswith(PACKAGES)]:
 with jaxtyping.install_import_hook(PACKAGES, f"{typecheck.__name__}.check"):
   import asam_jax.landscape
   import asam_jax.sharpness  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def _quick_compilation():
+  """These tests compile far more than they compute."""
+  before = jax.config.jax_disable_most_optimizations
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)

@@ -64,17 +64,17 @@ def test_seeds_are_not_compared_within_a_group():
 
 
 def test_intervals_cover_the_truth():
-  """Of 100 samples of a population, about 95 intervals hold its tau."""
+  """Of 40 samples of a population, about 38 intervals hold its tau."""
   rng = np.random.default_rng(0)
   truth = 2 / np.pi * np.arcsin(0.6)  # tau of a normal pair with correlation 0.6
   hits = 0
-  for _ in range(100):
+  for _ in range(40):
     x, z = rng.normal(size=(2, 60))
     y = 0.6 * x + 0.8 * z
-    tau = sharpness.rank_correlation(x, y, resamples=200).tau
+    tau = sharpness.rank_correlation(x, y, resamples=100).tau
     assert tau.low <= tau.value <= tau.high
     hits += tau.low <= truth <= tau.high
-  assert 85 <= hits <= 100
+  assert hits >= 33
 
 
 def test_seed_decides_the_intervals():
