@@ -134,7 +134,7 @@ def write(path: pathlib.Path, rows) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("stage", choices=("train", "measure", "report"))
   parser.add_argument("--cache", type=pathlib.Path, default="data/sharpness_study")
   parser.add_argument("--results", type=pathlib.Path,

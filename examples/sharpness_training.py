@@ -166,7 +166,7 @@ def plot_slices(lines, arrays, path: pathlib.Path) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--epochs", type=int, default=100)
   parser.add_argument("--every", type=int, default=5, help="epochs between measures")

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
+from matplotlib import pyplot
 import numpy as np
 import pytest
 
@@ -178,4 +179,4 @@ def test_plots_show_what_was_computed(tmp_path):
   ax = landscape.plot_plane(plane, ("a", "b", "c"))
   assert [t.get_text() for t in ax.texts] == ["a", "b", "c"]
   ax.figure.savefig(tmp_path / "plane.png")
-  mpl.pyplot.close("all")
+  pyplot.close("all")

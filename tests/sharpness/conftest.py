@@ -25,7 +25,7 @@ with jaxtyping.install_import_hook(PACKAGES, f"{typecheck.__name__}.check"):
 @pytest.fixture(autouse=True)
 def _quick_compilation():
   """These tests compile far more than they compute."""
-  before = jax.config.jax_disable_most_optimizations
+  before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", before)

@@ -12,7 +12,9 @@ from asam_jax import sharpness
 def grid(seed=0):
   rng = np.random.default_rng(seed)
   rows = list(itertools.product([1, 2, 4], [0.1, 0.2, 0.4], [0, 1]))
-  settings = dict(zip(("batch", "rate", "decay"), np.array(rows).T, strict=True))
+  columns = np.array(rows).T
+  settings: dict[str, np.ndarray] = {
+      name: columns[i] for i, name in enumerate(("batch", "rate", "decay"))}
   return rng.normal(size=len(rows)), rng.normal(size=len(rows)), settings
 
 
