@@ -226,7 +226,8 @@ def iterated(
     update needs ``grad_fn``, which ``perturbed_gradient`` hands on.
 
   Raises:
-    ValueError: if steps is below 1, or (in ``update``) without grad_fn.
+    ValueError: if steps is below 1, or (in ``update``) without params or
+      grad_fn.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
@@ -244,6 +245,8 @@ def iterated(
   ascent_tx = optax.with_extra_args_support(ascent_tx)
 
   def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
+    if params is None:
+      raise ValueError("params=None: call update(grads, state, params, ...).")
     if grad_fn is None:
       raise ValueError(
           "grad_fn=None: several ascent steps need the gradient on the way; use"

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import frontier_methods as methods
 import matplotlib
+from matplotlib import lines as mlines
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -121,46 +122,71 @@ def rho_table(results: Sequence[dict[str, Any]], network: str, noise: float) -> 
 
 
 def plot(tasks: dict[tuple[str, float], list[Row]], path: pathlib.Path) -> None:
-  """A panel a task: accuracy gained over SGD against the time of a step."""
-  numbers = {name: i for i, name in enumerate(methods.METHODS)}
+  """A column a task: the share of ASAM's gain against FLOPs and time of a step.
+
+  SGD is at (1, 0 %) and below what is shown, to leave room for the others.
+  """
   figure, axes = plt.subplots(
-      1, len(tasks), figsize=(5.2 * len(tasks) + 2.6, 4.4), squeeze=False,
-      layout="constrained",
+      2, len(tasks), figsize=(4.2 * len(tasks) + 2.6, 7.6), squeeze=False,
+      layout="constrained", sharey="col",
   )
-  for axis, ((network, noise), rows) in zip(axes[0], tasks.items(), strict=True):
+  for column, ((network, noise), rows) in zip(axes.T, tasks.items(), strict=True):
     base = next(row.mean for row in rows if row.method == "sgd")
-    for color, marker, names in FAMILIES.values():
-      for row in rows:
-        if row.method not in names:
-          continue
-        axis.errorbar(
-            row.time, row.mean - base, row.error, color=color, marker=marker,
-            markersize=6, capsize=2, linewidth=1,
-        )
-        axis.annotate(
-            str(numbers[row.method]), (row.time, row.mean - base), (6, 4),
-            textcoords="offset points", color=color, fontsize=9,
-        )
-    asam = next((row.mean - base for row in rows if row.method == "asam"), None)
-    if asam is not None:
-      axis.axhline(asam, color="0.6", linewidth=0.8, linestyle="--")
-    axis.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
-    axis.set_title(f"{network.upper()}, {100 * noise:.0f} % wrong labels")
-    axis.set_xlabel("time of a step / SGD's (mean over steps)")
-    axis.spines[["top", "right"]].set_visible(False)
-  axes[0, 0].set_ylabel("test accuracy gained over SGD (points)")
+    gain = next((row.mean - base for row in rows if row.method == "asam"), np.nan)
+    others = [row for row in rows if row.method != "sgd"]
+    for axis, cost in zip(column, ("flops", "time"), strict=True):
+      _panel(axis, others, cost, gain)
+    column[0].set_title(
+        f"{network.upper()}, {100 * noise:.0f} % wrong labels\n"
+        f"SGD {base:.1f} %, ASAM {base + gain:.1f} %", fontsize=10,
+    )
+    column[0].set_xlabel("compiled FLOPs of a step / SGD's")
+    column[1].set_xlabel("time of a step / SGD's")
+  for axis in axes[:, 0]:
+    axis.set_ylabel("accuracy gained over SGD (% of ASAM's gain)")
+  _legend(figure)
+  figure.savefig(path, dpi=100)
+  plt.close(figure)
+
+
+def _panel(axis: Any, rows: Sequence[Row], cost: str, gain: float) -> None:
+  numbers = {name: i for i, name in enumerate(methods.METHODS)}
+  styles = {
+      name: (color, marker)
+      for color, marker, names in FAMILIES.values()
+      for name in names
+  }
+  offsets = ((5, 4), (5, -11), (-13, 4), (-13, -11))  # neighbours take turns
+  rows = sorted(rows, key=lambda row: (round(getattr(row, cost), 1), row.share))
+  for i, row in enumerate(rows):
+    color, marker = styles[row.method]
+    x, y = getattr(row, cost), 100 * row.share
+    axis.errorbar(
+        x, y, 100 * row.error / gain, color=color, marker=marker, markersize=6,
+        linewidth=0.8, alpha=0.9,
+    )
+    axis.annotate(
+        str(numbers[row.method]), (x, y), offsets[i % 4], textcoords="offset points",
+        color=color, fontsize=9,
+    )
+  axis.axhline(100, color="0.6", linewidth=0.8, linestyle="--")
+  axis.set_xlim(left=0.88)
+  axis.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure: Any) -> None:
+  numbers = {name: i for i, name in enumerate(methods.METHODS)}
   handles = []
   for family, (color, marker, names) in FAMILIES.items():
-    handles.append(plt.Line2D([], [], color="none", label=f"$\\bf{{{_bold(family)}}}$"))
+    title = f"$\\bf{{{_bold(family)}}}$"
+    handles.append(mlines.Line2D([], [], color="none", label=title))
     handles += [
-        plt.Line2D([], [], color=color, marker=marker, linestyle="none",
+        mlines.Line2D([], [], color=color, marker=marker, linestyle="none",
                    label=f"{numbers[name]}  {methods.METHODS[name].label}")
         for name in names
     ]
   figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False,
                 handletextpad=0.3)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
 
 
 def _bold(text: str) -> str:

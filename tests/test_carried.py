@@ -100,22 +100,22 @@ def test_momentum_sam_ascends_against_adams_mu():
 def test_rho_zero_is_the_base_optimizer_bit_for_bit_without_jit():
   loss, start, _ = problems.regression()
   grad = jax.jit(jax.grad(loss))
-  for base_tx in (optax.sgd(0.1, momentum=0.9), optax.adam(0.01)):
-    for tx in (
-        asam_jax.momentum_sam(base_tx, 0.0),
-        asam_jax.carried(base_tx, asam_jax.ascent(0.0)),
-    ):
-      params, state = start, tx.init(start)
-      expected, base_state = start, base_tx.init(start)
-      for _ in range(3):
-        updates, state = tx.update(grad(params), state, params)
-        params = optax.apply_updates(params, updates)
-        updates, base_state = base_tx.update(
-            grad(expected), base_state, expected
-        )
-        expected = optax.apply_updates(expected, updates)
-      chex.assert_trees_all_equal(params, expected)
-      chex.assert_trees_all_equal(asam_jax.eval_params(state), expected)
+  base_tx = optax.sgd(0.1, momentum=0.9)
+  expected = start
+  base_state = base_tx.init(start)
+  for _ in range(3):
+    updates, base_state = base_tx.update(grad(expected), base_state, expected)
+    expected = optax.apply_updates(expected, updates)
+  for tx in (
+      asam_jax.momentum_sam(base_tx, 0.0),
+      asam_jax.carried(base_tx, asam_jax.ascent(0.0)),
+  ):
+    params, state = start, tx.init(start)
+    for _ in range(3):
+      updates, state = tx.update(grad(params), state, params)
+      params = optax.apply_updates(params, updates)
+    chex.assert_trees_all_equal(params, expected)
+    chex.assert_trees_all_equal(asam_jax.eval_params(state), expected)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

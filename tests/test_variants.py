@@ -284,6 +284,8 @@ def test_errors():
       asam_jax.iterated(asam_jax.ascent(), steps)  # pyright: ignore
   tx = asam_jax.iterated(asam_jax.ascent(), 2)
   w = jnp.ones(2)
+  with pytest.raises(ValueError, match="params=None"):
+    tx.update(w, tx.init(w), grad_fn=lambda w: w)
   with pytest.raises(ValueError, match="grad_fn=None"):
     tx.update(w, tx.init(w), w)
   with pytest.raises(TypeError, match="has_aux"):
