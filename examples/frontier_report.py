@@ -145,7 +145,7 @@ def plot(tasks: dict[tuple[str, float], list[Row]], path: pathlib.Path) -> None:
   for axis in axes[:, 0]:
     axis.set_ylabel("accuracy gained over SGD (% of ASAM's gain)")
   _legend(figure)
-  figure.savefig(path, dpi=100)
+  figure.savefig(path, dpi=90)
   plt.close(figure)
 
 

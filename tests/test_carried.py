@@ -3,8 +3,6 @@
 import math
 
 import chex
-import flax.linen as nn
-from flax.training import train_state
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,6 +223,10 @@ def test_flops_of_a_step():
 
 
 def test_in_an_unmodified_train_state():
+  pytest.importorskip("flax", reason="TrainState is Flax's")
+  from flax import linen as nn
+  from flax.training import train_state
+
   model = nn.Dense(1)
   x = jax.random.normal(jax.random.key(0), (16, 4))
   y = x @ jnp.array([[1.0], [-2.0], [0.5], [0.0]])

@@ -13,6 +13,7 @@ EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 @pytest.fixture
 def frontier(monkeypatch):
+  pytest.importorskip("sklearn", reason="the examples need the extra 'examples'")
   monkeypatch.syspath_prepend(str(EXAMPLES))
   import frontier  # pyright: ignore[reportMissingImports]
 
