@@ -22,7 +22,7 @@ def norm(a):
   return float(jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(a))))
 
 
-@pytest.mark.parametrize("p", [1, 2, math.inf])
+@pytest.mark.parametrize("p", [2, math.inf])
 @pytest.mark.parametrize("kind", KINDS)
 def test_directions_have_unit_length(kind, p):
   params, batch = cases.network(0)
