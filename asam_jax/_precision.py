@@ -33,10 +33,12 @@ def stochastic_rounding(
   .. math:: \mathbb{E}[\hat w] = w + \epsilon
 
   The perturbation is longer than epsilon, by the noise of the rounding, but its
-  mean and so its effect on the gradient to first order are right. Leaves in
-  float32 or wider pass through. Other remedies are float32 parameters that the
-  model casts to bfloat16 itself, which need nothing of this: the cast acts on the
-  two passes alike, with rounding errors that are as good as random.
+  mean and so its effect on the gradient to first order are right. (Where the noise
+  is longer than epsilon, curvature takes some: on a small network, of what SAM with
+  rho = 0.02 adds to the gradient, 93 % arrives, and 77 % with rounding to nearest.)
+  Leaves in float32 or wider pass through. float32 parameters that the model casts
+  to bfloat16 itself need nothing of this: w + epsilon is exact, and the errors of
+  the cast are as good as random.
 
   Cost: a random number per parameter; memory: a key.
 

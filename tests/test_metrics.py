@@ -11,7 +11,6 @@ import optax
 import pytest
 
 import asam_jax
-from asam_jax import sharpness
 from tests import problems
 
 W = {"bias": jnp.array([0.1, -0.2]), "kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]])}
@@ -143,6 +142,7 @@ def test_schedules_and_no_recompilation():
 
 
 def test_the_radius_is_the_length_that_the_measures_have():
+  sharpness = pytest.importorskip("asam_jax.sharpness", reason="needs jaxtyping")
   points = []
 
   def grad_fn(point):

@@ -39,7 +39,7 @@ def mean(trees):
 
 
 def test_one_ascent_for_the_batch_is_the_whole_batch():
-  expected = asam_jax.value_and_grad(loss, with_info=True)(W, BATCH)
+  expected = jax.jit(asam_jax.value_and_grad(loss, with_info=True))(W, BATCH)
   got = jax.jit(
       asam_jax.value_and_grad(loss, with_info=True, accumulate=per_batch)
   )(W, BATCH)
@@ -93,7 +93,8 @@ def test_info_and_aux_of_microbatches():
     }
 
   fun = asam_jax.value_and_grad(with_aux, has_aux=True, with_info=True)
-  (value, aux), _, info = asam_jax.microbatched(fun, 4)(W, BATCH)
+  fun = jax.jit(fun)
+  (value, aux), _, info = jax.jit(asam_jax.microbatched(fun, 4))(W, BATCH)
   np.testing.assert_allclose(value, loss(W, BATCH), rtol=1e-5)
   np.testing.assert_allclose(aux["mean"], Y.mean(), rtol=1e-5)
   assert aux["correct"] == jnp.sum(Y > 0)  # a count: added up
@@ -101,12 +102,15 @@ def test_info_and_aux_of_microbatches():
   chex.assert_trees_all_close(
       info, asam_jax.AscentInfo(*mean(infos)), rtol=1e-4, atol=1e-6
   )
-  (_, aux), _ = asam_jax.value_and_grad(
-      with_aux, has_aux=True, accumulate=per_batch
+  (_, aux), _ = jax.jit(
+      asam_jax.value_and_grad(with_aux, has_aux=True, accumulate=per_batch)
   )(W, BATCH)
   assert aux["correct"] == jnp.sum(Y > 0)
 
 
+@pytest.mark.skipif(
+    not hasattr(optax, "microbatching"), reason="this Optax has no microbatching"
+)
 def test_optax_microbatching_in_the_same_places():
   microbatch = functools.partial(
       optax.microbatching.microbatch,
@@ -179,6 +183,9 @@ def test_memory_is_that_of_one_microbatch(inner):
   assert pieces < bound + gradients < whole / 10
 
 
+@pytest.mark.skipif(
+    not hasattr(jax.lax, "pcast"), reason="this JAX does not track what varies"
+)
 def test_in_shard_map_with_averaging():
   devices = jax.devices()
   mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
