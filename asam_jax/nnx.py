@@ -1,4 +1,4 @@
-"""ASAM for Flax NNX modules; needs Flax >= 0.12, which ``asam_jax`` itself does not.
+"""ASAM for Flax NNX modules; needs Flax >= 0.12.3, which ``asam_jax`` itself does not.
 
 ``import asam_jax.nnx``. There are two doors, as for plain pytrees:
 :func:`value_and_grad` in place of ``nnx.value_and_grad``, for any optimizer; and
@@ -18,6 +18,9 @@ from asam_jax import _autodiff
 from asam_jax import _normalization as _n
 
 __all__ = ["grad_fn", "value_and_grad"]
+
+# A state with arrays for variables; Flax 0.12.7 renamed it.
+_as_pure = getattr(nnx, "as_pure", None) or getattr(nnx, "pure")  # noqa: B009
 
 
 def value_and_grad(
@@ -225,4 +228,4 @@ def _params(args: tuple[Any, ...], place: int, wrt: Any) -> Any:
 
 
 def _pure(node: Any, wrt: Any) -> Any:
-  return nnx.as_pure(nnx.state(node, wrt))
+  return _as_pure(nnx.state(node, wrt))
