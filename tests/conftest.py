@@ -1,11 +1,33 @@
-"""Four host devices for the multi-device tests, set before JAX starts."""
+"""Settings that must be made before JAX starts."""
 
 import gc
 import os
+import subprocess
+import sys
 
-_FLAG = "--xla_force_host_platform_device_count=4"
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+# For the multi-device tests.
+DEVICES = "--xla_force_host_platform_device_count=4"
+# Most of the suite's time would go into compiling small programs well. Whoever wants
+# what users run sets ASAM_JAX_TESTS_OPTIMIZED; the suite then takes twice as long.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def _add_flags(flags):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+
+
+def _accepted(flags):
+  """Whether this XLA knows the flags: it ends the process if it does not."""
+  env = {**os.environ, "XLA_FLAGS": flags}
+  code = "import jax; jax.devices()"
+  run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
+  return run.returncode == 0
+
+
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):  # else a parent process was here
+  _add_flags(DEVICES)
+  if "ASAM_JAX_TESTS_OPTIMIZED" not in os.environ and _accepted(QUICK):
+    _add_flags(QUICK)
 
 # Traces and compiled programs stay alive in JAX's caches. To look through them all
 # again and again for garbage took an eighth of the suite's time.
