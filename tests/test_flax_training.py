@@ -1,0 +1,156 @@
+"""Flax linen: batch norm, dropout and a TrainState, against passes by hand."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import asam_jax
+from tests import problems
+from tests import test_framework_pages
+
+nn = pytest.importorskip("flax.linen", reason="needs Flax, an extra")
+from flax.training import train_state  # noqa: E402
+
+X = jax.random.normal(jax.random.key(1), (16, 5))
+Y = jnp.arange(16) % 3
+RHO = 0.3
+# The page with a TrainState that hands grad_fn on.
+PAGE = next(x for x in test_framework_pages.PAGES if x.stem == "linen_optimizer")
+masks = []  # those that the passes drew, in their order
+
+
+class Model(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.BatchNorm(use_running_average=False)(nn.Dense(8)(x)))
+    mask = nn.Dropout(0.5, deterministic=False)(jnp.ones_like(x))
+    jax.debug.callback(lambda m: masks.append(np.asarray(m)), mask)
+    return nn.Dense(3)(mask * x)
+
+
+VARIABLES = Model().init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, X)
+
+
+def loss_function(batch_stats, key):
+  def loss_fn(params):
+    variables = {"params": params, "batch_stats": batch_stats}
+    logits, changes = Model().apply(
+        variables, X, mutable="batch_stats", rngs={"dropout": key}
+    )
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean()
+    return loss, changes["batch_stats"]
+
+  return loss_fn
+
+
+def drawn_masks():
+  """The masks since the last call."""
+  jax.effects_barrier()
+  result = list(masks)
+  masks.clear()
+  return result
+
+
+@jax.jit
+def gradient(params, batch_stats, key):
+  return jax.value_and_grad(loss_function(batch_stats, key), has_aux=True)(params)
+
+
+def by_hand(params, batch_stats, key):
+  """Loss and statistics of the clean pass, and the gradient of the perturbed."""
+  result, grads = gradient(params, batch_stats, key)
+  paths = [jax.tree_util.keystr(path) for path, _ in
+           jax.tree_util.tree_leaves_with_path(params)]
+  leaves, form = jax.tree.flatten(params)
+  factors = [
+      problems.oracle_factor(w, 0.01, "none" if "bias" in path else "elementwise")
+      for path, w in zip(paths, leaves, strict=True)
+  ]
+  epsilon, _ = problems.oracle_perturbation(jax.tree.leaves(grads), factors, RHO, 2)
+  moved = [w + np.asarray(e, np.float32) for w, e in zip(leaves, epsilon, strict=True)]
+  return result, gradient(jax.tree.unflatten(form, moved), batch_stats, key)[1]
+
+
+def train_by_hand(base_tx, steps):
+  params, batch_stats = VARIABLES["params"], VARIABLES["batch_stats"]
+  state = base_tx.init(params)
+  for step in range(steps):
+    (_, batch_stats), grads = by_hand(params, batch_stats, jax.random.key(step))
+    updates, state = base_tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+  return params, batch_stats
+
+
+def unmodified(base_tx):
+  def step(state, batch_stats, key):
+    (_, batch_stats), grads = asam_jax.value_and_grad(
+        loss_function(batch_stats, key), RHO, has_aux=True
+    )(state.params)
+    return state.apply_gradients(grads=grads), batch_stats
+
+  return train_state.TrainState.create, base_tx, step
+
+
+def forwarding(base_tx):
+  page = test_framework_pages.load(PAGE)
+
+  def step(state, batch_stats, key):
+    loss_fn = loss_function(batch_stats, key)
+    grads, batch_stats = jax.grad(loss_fn, has_aux=True)(state.params)
+    grad_fn = lambda params: jax.grad(loss_fn, has_aux=True)(params)[0]  # noqa: E731
+    return state.apply_gradients(grads=grads, grad_fn=grad_fn), batch_stats
+
+  create = functools.partial(page.TrainState.create, batch_stats=None)
+  return create, asam_jax.adaptive_sam(base_tx, RHO), step
+
+
+@pytest.mark.parametrize("door", [unmodified, forwarding])
+def test_train_state(door):
+  base_tx = optax.sgd(0.1, momentum=0.9)
+  expected = train_by_hand(base_tx, 3)
+  create, tx, step = door(base_tx)
+  state = create(apply_fn=Model().apply, params=VARIABLES["params"], tx=tx)
+  batch_stats, traces = VARIABLES["batch_stats"], []
+
+  @jax.jit
+  def counted(*args):
+    traces.append(1)
+    return step(*args)
+
+  drawn_masks()
+  for number in range(3):
+    state, batch_stats = counted(state, batch_stats, jax.random.key(number))
+  chex.assert_trees_all_close((state.params, batch_stats), expected,
+                              rtol=1e-4, atol=1e-6)
+  assert state.step == 3
+  assert len(traces) == 1
+  # Two passes a step, with the same mask; another one in the next step.
+  drawn = drawn_masks()
+  assert len(drawn) == 6
+  for clean, perturbed in zip(drawn[::2], drawn[1::2], strict=True):
+    np.testing.assert_array_equal(clean, perturbed)
+  assert (drawn[0] != drawn[2]).any()
+
+
+def test_statistics_are_those_of_one_clean_pass():
+  key = jax.random.key(5)
+  loss_fn = loss_function(VARIABLES["batch_stats"], key)
+  _, expected = loss_fn(VARIABLES["params"])
+  # So large a radius that the perturbed pass has quite other statistics.
+  (_, statistics), _ = asam_jax.value_and_grad(loss_fn, 5.0, has_aux=True)(
+      VARIABLES["params"]
+  )
+  chex.assert_trees_all_equal(statistics, expected)
+
+
+def test_unmodified_train_state_with_the_optimizer_says_what_is_missing():
+  state = train_state.TrainState.create(
+      apply_fn=None, params=VARIABLES["params"], tx=asam_jax.sam(optax.sgd(0.1))
+  )
+  with pytest.raises(ValueError, match="grad_fn=None"):
+    state.apply_gradients(grads=VARIABLES["params"])
