@@ -1,7 +1,6 @@
 """What a step says about itself: losses, norms, the radius that was reached."""
 
 from collections.abc import Sequence
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ import optax
 from asam_jax import _ascent
 from asam_jax import _checks
 from asam_jax import _normalization as _n
+from asam_jax._norm import norm
 
 
 class AscentInfo(NamedTuple):
@@ -135,7 +135,7 @@ def measured(
       perturbed_value=passes.perturbed_value,
       gap=passes.perturbed_value - passes.value,
       sharpness=sharpness,
-      gradient_norm=_norm(_floats(passes.grads), 2),
+      gradient_norm=norm(_floats(passes.grads), 2),
       normalized_gradient_norm=normalized,
       cosine=_cosine(_floats(passes.grads), _floats(passes.perturbed_grads)),
       radius=_radius(rules, moves, eta, geometry.p),
@@ -172,7 +172,7 @@ def _radius(
     if rule.perturbed:
       t = rule.operator(jnp.asarray(rule.leaf, dtype), eta)
       scaled.append(move / jnp.where(move == 0, 1, t))
-  return _norm(scaled, p).astype(dtype)
+  return norm(scaled, p).astype(dtype)
 
 
 def _kept_share(
@@ -198,24 +198,10 @@ def _as_stored(x: Any, dtype: Any) -> jax.Array:
 
 
 def _cosine(xs: list[jax.Array], ys: list[jax.Array]) -> jax.Array:
-  lengths = [_norm(xs, 2), _norm(ys, 2)]
+  lengths = [norm(xs, 2), norm(ys, 2)]
   u, v = (jnp.where(length == 0, 1, length) for length in lengths)
   products = [jnp.sum((x / u) * (y / v)) for x, y in zip(xs, ys, strict=True)]
   return sum(products, start=jnp.zeros((), lengths[0].dtype))
-
-
-def _norm(xs: list[jax.Array], p: float) -> jax.Array:
-  """||x||_p over all leaves, relative to the largest entry."""
-  xs = [x for x in xs if x.size]
-  if not xs:
-    return jnp.zeros(())
-  peak = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in xs]))
-  if math.isinf(p):
-    return peak
-  usable = jnp.isfinite(peak) & (peak > 0)
-  unit = jnp.where(usable, peak, 1)
-  total = sum(jnp.sum(jnp.abs(x / unit) ** p) for x in xs)
-  return jnp.where(usable, unit * jnp.asarray(total) ** (1 / p), peak)
 
 
 def _floats(tree: Any) -> list[jax.Array]:

@@ -224,7 +224,7 @@ def above_average(
     )
 
   def update_fn(grads, state):
-    square = jnp.square(_v.norm(grads).astype(jnp.float32))
+    square = jnp.square(_v.tree_norm(grads).astype(jnp.float32))
     mean = decay * state.mean + (1 - decay) * square
     variance = decay * state.variance + (1 - decay) * jnp.square(square - mean)
     c = threshold(state.count) if callable(threshold) else threshold
@@ -269,14 +269,14 @@ def _new_direction(clean: Any, perturbed: Any) -> Any:
   eps = max(
       [float(jnp.finfo(g.dtype).eps) for g in jax.tree.leaves(clean)], default=0.0
   )
-  real = _v.norm(part) > 8 * eps * _v.norm(clean)
+  real = _v.tree_norm(part) > 8 * eps * _v.tree_norm(clean)
   return jax.tree.map(
       lambda g, u: jnp.where(real, u, 0).astype(g.dtype), clean, _v.unit_vector(part)
   )
 
 
 def _add_direction(grads: Any, direction: Any, alpha: float) -> Any:
-  length = alpha * _v.norm(grads)
+  length = alpha * _v.tree_norm(grads)
   return jax.tree.map(
       lambda g, v: (_v.f32(g) + length * _v.f32(v)).astype(g.dtype), grads, direction
   )

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from asam_jax import _checks
+from asam_jax._norm import norm
 
 
 def combined(
@@ -276,19 +277,14 @@ def f32(x: jax.Array) -> jax.Array:
   return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
 
 
-def norm(tree: Any) -> jax.Array:
-  """||x||_2 over the whole tree, whose squares may leave the range."""
-  leaves = [f32(x) for x in jtu.tree_leaves(tree) if x.size]
-  if not leaves:
-    return jnp.zeros(())
-  peak = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in leaves]))
-  unit = jnp.where(peak > 0, peak, 1)
-  return peak * jnp.sqrt(sum(jnp.sum(jnp.square(x / unit)) for x in leaves))
+def tree_norm(tree: Any) -> jax.Array:
+  """||x||_2 over the whole tree, in float32 at least."""
+  return norm([f32(x) for x in jtu.tree_leaves(tree)], 2)
 
 
 def unit_vector(tree: Any) -> Any:
   """The vector x / ||x||_2 over the whole tree, in float32 at least; zero for zero."""
-  length = norm(tree)
+  length = tree_norm(tree)
   length = jnp.where(length == 0, 1, length)
   return jax.tree.map(lambda x: f32(x) / length, tree)
 

@@ -10,6 +10,7 @@ from jaxtyping import PRNGKeyArray
 
 from asam_jax import _ascent
 from asam_jax import _normalization as _n
+from asam_jax._norm import norm
 from asam_jax.sharpness import _curvature
 from asam_jax.sharpness import _geometry as _g
 
@@ -131,7 +132,7 @@ def _like_filters(z, w, filter_axis: int):
 
 
 def _to_unit_length(kind: str, epsilon: Any, coordinates: _g.Coordinates, p: float):
-  length = _g.norm(coordinates.delta(epsilon), p)
+  length = norm(coordinates.delta(epsilon), p)
   if not (length > 0 and jnp.isfinite(length)):
     raise ValueError(
         f"kind={kind!r} gives a direction of length {length} in the adaptive norm: 0"

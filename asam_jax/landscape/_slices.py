@@ -14,6 +14,7 @@ import numpy as np
 
 from asam_jax import _checks
 from asam_jax import _normalization as _n
+from asam_jax._norm import norm
 from asam_jax.sharpness import _geometry as _g
 
 
@@ -266,7 +267,7 @@ def _ball(deltas, p: float) -> Array:
   rays = jnp.stack([jnp.cos(angles), jnp.sin(angles)], 1)
 
   def length(ray):
-    return _g.norm([ray[0] * a + ray[1] * b for a, b in zip(*deltas, strict=True)], p)
+    return norm([ray[0] * a + ray[1] * b for a, b in zip(*deltas, strict=True)], p)
 
   lengths = lax.map(length, rays)
   if not bool(jnp.all((lengths > 1e-6) & jnp.isfinite(lengths))):

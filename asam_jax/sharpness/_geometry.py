@@ -24,6 +24,7 @@ import optax
 from asam_jax import _ascent
 from asam_jax import _checks
 from asam_jax import _normalization as _n
+from asam_jax._norm import norm
 
 # One array per perturbed leaf, in float32 at least.
 Delta: TypeAlias = list[Array]
@@ -165,17 +166,6 @@ def count(argument: str, value: Any, least: int) -> None:
   """Raises unless ``value`` is an int of at least ``least``."""
   if isinstance(value, bool) or not isinstance(value, int) or value < least:
     raise ValueError(f"{argument}={value!r} must be an int >= {least}.")
-
-
-def norm(delta: Delta, p: float) -> Scalar:
-  """||delta||_p over all leaves, without overflow on the way."""
-  peak = jnp.max(jnp.stack([jnp.max(jnp.abs(d)) for d in delta]))
-  if math.isinf(p):
-    return peak
-  finite = jnp.isfinite(peak) & (peak > 0)
-  unit = jnp.where(finite, peak, 1)
-  total = sum(jnp.sum(jnp.abs(d / unit) ** p) for d in delta)
-  return jnp.where(finite, unit * jnp.asarray(total) ** (1 / p), peak)
 
 
 def project(delta: Delta, rho: Any, p: float) -> Delta:
