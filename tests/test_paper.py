@@ -161,12 +161,13 @@ def official_steps(params, loss, data, rho, eta, rate, momentum, decay, adaptive
       for name, leaf in leaves.items()
   }
   velocity = {key: np.zeros_like(leaf) for key, leaf in w.items()}
+  gradient = jax.jit(jax.grad(loss))
 
   def slope(w, x, y):
     tree = {}
     for (layer, name), leaf in w.items():
       tree.setdefault(layer, {})[name] = jnp.asarray(leaf)
-    tree = jax.grad(loss)(tree, x, y)
+    tree = gradient(tree, x, y)
     return {key: np.asarray(tree[key[0]][key[1]]) for key in w}
 
   for x, y in data:

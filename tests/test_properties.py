@@ -87,7 +87,7 @@ def test_state_is_arrays_and_stays_as_it_is(name):
   tx, step, params = setup(name)
   state = tx.init(params)
   assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
-  _, after = step(params, state)
+  _, after = jax.eval_shape(step, params, state)
   chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
   # scan and cond insist on it, weak types included.
   body = lambda carry, _: (step(*carry), None)  # noqa: E731

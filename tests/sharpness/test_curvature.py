@@ -43,8 +43,8 @@ def test_against_a_dense_hessian(normalization):
     matrix = dense_network(normalization, 0.05)
     expected, _ = np.linalg.eigh(matrix)
     options = {"normalization": normalization, "normalize": cases.every_leaf}
-    result = sharpness.hessian_eigenvalues(
-        loss, params, 4, 0.05, steps=60, **options)
+    result = jax.jit(lambda params: sharpness.hessian_eigenvalues(
+        loss, params, 4, 0.05, steps=60, **options))(params)
     np.testing.assert_allclose(result.values, expected[::-1][:4], rtol=1e-6)
     assert result.residuals.max() < 1e-3 * expected[-1]
 
@@ -58,7 +58,8 @@ def test_against_a_dense_hessian(normalization):
       np.testing.assert_allclose(
           matrix @ v, result.values[i] * v, atol=1e-4 * expected[-1])
 
-    trace = sharpness.hessian_trace(loss, params, 0.05, samples=400, **options)
+    trace = jax.jit(lambda params: sharpness.hessian_trace(
+        loss, params, 0.05, samples=400, **options))(params)
     assert abs(trace.value - np.trace(matrix)) < 4 * trace.standard_error
     assert trace.standard_error < 0.2 * np.trace(matrix)
 
@@ -104,7 +105,7 @@ def test_small_rho_limit_of_one_step_worst_case_and_eigenvalue():
         jax.jit(lambda rho, m=m: sharpness.worst_case(
             loss, params, rho, 0.0, method=m, steps=60, restarts=0).value)
         for m in ("apgd", "one_step"))
-    grads = jax.grad(loss)(params)
+    grads = jax.jit(jax.grad(loss))(params)
     first_order = lambda rho: rho * np.linalg.norm(flatten_util.ravel_pytree(
         jax.tree.map(lambda w, g: g * w, params_normalized(params), grads))[0])
     # At a point with a slope: all agree with rho ||T g|| to first order.
@@ -120,12 +121,13 @@ def test_small_rho_limit_of_one_step_worst_case_and_eigenvalue():
     flat_loss = lambda w: loss(w) - sum(
         jnp.sum(g * x) for g, x in zip(
             jax.tree.leaves(grads), jax.tree.leaves(w), strict=True))
-    top = sharpness.hessian_eigenvalues(flat_loss, params, 1, 0.0, steps=60).values[0]
-    found = sharpness.worst_case(
-        flat_loss, params, 1e-3, 0.0, steps=200, restarts=2).value
+    top, found, single = jax.jit(lambda w: (
+        sharpness.hessian_eigenvalues(flat_loss, w, 1, 0.0, steps=60).values[0],
+        sharpness.worst_case(flat_loss, w, 1e-3, 0.0, steps=200, restarts=2).value,
+        sharpness.worst_case(flat_loss, w, 1e-3, 0.0, method="one_step").value,
+    ))(params)
     np.testing.assert_allclose(found, 1e-3**2 * top / 2, rtol=1e-2)
-    assert abs(sharpness.worst_case(
-        flat_loss, params, 1e-3, 0.0, method="one_step").value) < 1e-10
+    assert abs(single) < 1e-10
 
 
 def params_normalized(params):
