@@ -1,6 +1,7 @@
 """One gradient a step: the parameters rest at w + epsilon between steps."""
 
 from collections.abc import Callable
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -107,7 +108,7 @@ def carried(
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
   """
   ascent_tx = optax.with_extra_args_support(ascent_tx)
-  return _carried(base_tx, dtype, lambda base_state, params: (ascent_tx, None))
+  return _carried(base_tx, dtype, lambda *args: (ascent_tx, None), operator.add)
 
 
 def momentum_sam(
@@ -177,18 +178,13 @@ def momentum_sam(
   """
   if not 0 <= decay < 1:
     raise ValueError(f"decay={decay!r} must be in [0, 1).")
-  # The ascent is odd in the gradient. Turned around at the end, the sign melts into
-  # the update; in front, XLA would write a negated momentum to memory.
-  ascent_tx = optax.chain(
-      _ascent.ascent(
-          rho,
-          eta,
-          p,
-          normalization=normalization,
-          normalize=normalize,
-          perturb=perturb,
-      ),
-      optax.scale(-1.0),
+  ascent_tx = _ascent.ascent(
+      rho,
+      eta,
+      p,
+      normalization=normalization,
+      normalize=normalize,
+      perturb=perturb,
   )
   with_trace = optax.chain(optax.trace(decay), ascent_tx)
 
@@ -196,7 +192,9 @@ def momentum_sam(
     momentum = _momentum(base_state, params)
     return (with_trace if momentum is None else ascent_tx), momentum
 
-  return _carried(base_tx, dtype, route)
+  # The ascent is odd in the gradient, so its result is subtracted; a negated momentum
+  # in front of it XLA would write to memory.
+  return _carried(base_tx, dtype, route, operator.sub)
 
 
 def eval_params(opt_state: optax.OptState) -> optax.Params:
@@ -239,7 +237,10 @@ _Route = Callable[
 
 
 def _carried(
-    base_tx: optax.GradientTransformation, dtype: Any, route: _Route
+    base_tx: optax.GradientTransformation,
+    dtype: Any,
+    route: _Route,
+    perturbed: Callable[[Any, Any], Any],
 ) -> optax.GradientTransformationExtraArgs:
   base_tx = optax.with_extra_args_support(base_tx)
   if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
@@ -267,7 +268,8 @@ def _carried(
     )
     # From wherever params are, so that their rounding does not add up.
     updates = jax.tree.map(
-        lambda w, e, point: (w + e) - _cast(point, dtype), clean, epsilon, params
+        lambda w, e, point: perturbed(w, e) - _cast(point, dtype),
+        clean, epsilon, params,
     )
     return updates, CarriedState(clean, base_state, ascent_state)
 
