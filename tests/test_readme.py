@@ -114,3 +114,28 @@ def test_quickstart_table_is_that_of_the_results():
   report = importlib.import_module("quickstart_report")
   lines = (folder / "results/quickstart/results.jsonl").read_text().splitlines()
   assert report.table([json.loads(line) for line in lines]).strip() in README
+
+
+def test_frontier_table_is_that_of_the_results():
+  folder = Path(__file__).parent.parent
+  sys.path.append(str(folder / "examples"))
+  report = importlib.import_module("frontier_report")
+  lines = (folder / "results/frontier/frontier.jsonl").read_text().splitlines()
+  results = [json.loads(line) for line in lines]
+  rows = {
+      network: {row.method: row for row in report.rows_of(results, network, 0.4)}
+      for network in ("mlp", "cnn")
+  }
+  labels = {
+      "ASAM every 2nd step": "every_2",
+      "AE-SAM": "ae_sam",
+      "LookSAM, k = 5": "looksam",
+      "adaptive Momentum-SAM": "momentum",
+      "stale-gradient ASAM": "stale",
+  }
+  for label, method in labels.items():
+    cells = [
+        f"{100 * row.share:.0f} % | {row.flops:.2f}"
+        for row in (rows["mlp"][method], rows["cnn"][method])
+    ]
+    assert f"| {label} | {cells[0]} | {cells[1]} |" in README
