@@ -9,7 +9,10 @@ import sys
 DEVICES = "--xla_force_host_platform_device_count=4"
 # Most of the suite's time would go into compiling small programs well. Whoever wants
 # what users run sets ASAM_JAX_TESTS_OPTIMIZED; the suite then takes twice as long.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
 
 
 def _add_flags(flags):
