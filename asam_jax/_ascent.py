@@ -15,6 +15,7 @@ import optax
 
 from asam_jax import _checks
 from asam_jax import _normalization as _n
+from asam_jax._varying import vary_as
 
 
 class AscentState(NamedTuple):
@@ -360,22 +361,3 @@ def sum_dtype(rules: Sequence[_n.LeafRule]) -> Any:
   """Float32, or float64 if a perturbed leaf is."""
   dtypes = [_checks.dtype_of(rule.leaf) for rule in rules if rule.perturbed]
   return jnp.result_type(jnp.float32, *dtypes)
-
-
-def vary_as(tree: Any, like: Any) -> Any:
-  """Gives constants the mesh axes that ``like`` varies over, under shard_map."""
-  if not hasattr(jax, "typeof"):
-    return tree
-  axes = frozenset[str]().union(*map(_varying_axes, jtu.tree_leaves(like)))
-  if not axes:
-    return tree
-  if hasattr(lax, "pcast"):
-    return lax.pcast(tree, tuple(axes), to="varying")
-  return getattr(lax, "pvary")(tree, tuple(axes))  # noqa: B009  (JAX before 0.8)
-
-
-def _varying_axes(x: Any) -> frozenset[str]:
-  # JAX 0.6 to 0.9 say `vma`, later ones `mat.varying`, older ones neither.
-  kind = jax.typeof(x)
-  kind = getattr(kind, "mat", kind)
-  return getattr(kind, "varying", getattr(kind, "vma", frozenset()))

@@ -8,7 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from asam_jax import _ascent
+from asam_jax._varying import vary_as
 
 
 def microbatched(
@@ -125,7 +125,7 @@ def _start(shape: Any) -> jax.Array:
         " floats, which are averaged, or integers, which are added up."
     )
   dtype = jnp.promote_types(shape.dtype, jnp.float32)
-  return _ascent.vary_as(jnp.zeros(shape.shape, dtype), shape)
+  return vary_as(jnp.zeros(shape.shape, dtype), shape)
 
 
 def _finish(total: jax.Array, dtype: Any, count: int) -> jax.Array:
