@@ -67,6 +67,20 @@ def oracle_perturbation(
   ], rho * norm
 
 
+def oracle_point(params: Any, grads: Any, rho: float) -> Any:
+  """The point w + epsilon at p = 2, eta = 0.01; where the path says bias, T = 1."""
+  pairs, form = jax.tree_util.tree_flatten_with_path(params)
+  factors = [
+      oracle_factor(w, 0.01, "none" if "bias" in jax.tree_util.keystr(path)
+                    else "elementwise")
+      for path, w in pairs
+  ]
+  epsilon, _ = oracle_perturbation(jax.tree.leaves(grads), factors, rho, 2)
+  moved = [w + np.asarray(e, np.float32)
+           for (_, w), e in zip(pairs, epsilon, strict=True)]
+  return jax.tree.unflatten(form, moved)
+
+
 # Problems that optimizers must solve.
 
 

@@ -64,16 +64,8 @@ def gradient(params, batch_stats, key):
 def by_hand(params, batch_stats, key):
   """Loss and statistics of the clean pass, and the gradient of the perturbed."""
   result, grads = gradient(params, batch_stats, key)
-  paths = [jax.tree_util.keystr(path) for path, _ in
-           jax.tree_util.tree_leaves_with_path(params)]
-  leaves, form = jax.tree.flatten(params)
-  factors = [
-      problems.oracle_factor(w, 0.01, "none" if "bias" in path else "elementwise")
-      for path, w in zip(paths, leaves, strict=True)
-  ]
-  epsilon, _ = problems.oracle_perturbation(jax.tree.leaves(grads), factors, RHO, 2)
-  moved = [w + np.asarray(e, np.float32) for w, e in zip(leaves, epsilon, strict=True)]
-  return result, gradient(jax.tree.unflatten(form, moved), batch_stats, key)[1]
+  moved = problems.oracle_point(params, grads, RHO)
+  return result, gradient(moved, batch_stats, key)[1]
 
 
 def train_by_hand(base_tx, steps):

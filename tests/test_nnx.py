@@ -78,16 +78,7 @@ def by_hand(model, rho=RHO):
   """Clean loss and logits, perturbed loss and gradient; epsilon by the oracle."""
   pure, params = jax.jit(pure_function(model)), params_of(model)
   (loss, logits), grads = jax.value_and_grad(pure, has_aux=True)(params)
-  paths = [jax.tree_util.keystr(path) for path, _ in
-           jax.tree_util.tree_leaves_with_path(params)]
-  leaves, form = jax.tree.flatten(params)
-  factors = [
-      problems.oracle_factor(w, 0.01, "none" if "bias" in path else "elementwise")
-      for path, w in zip(paths, leaves, strict=True)
-  ]
-  epsilon, _ = problems.oracle_perturbation(jax.tree.leaves(grads), factors, rho, 2)
-  moved = [w + np.asarray(e, np.float32) for w, e in zip(leaves, epsilon, strict=True)]
-  moved = jax.tree.unflatten(form, moved)
+  moved = problems.oracle_point(params, grads, rho)
   (perturbed, _), grads = jax.value_and_grad(pure, has_aux=True)(moved)
   return loss, logits, perturbed, grads
 
