@@ -1,8 +1,6 @@
 """The ascent: from a gradient to the perturbation. The only home of the formula."""
 
-from collections.abc import Callable, Sequence
-import dataclasses
-import functools
+from collections.abc import Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -10,11 +8,11 @@ import jax
 from jax import lax
 from jax import tree_util as jtu
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from asam_jax import _checks
 from asam_jax import _normalization as _n
+from asam_jax._leaves import Leaves
 from asam_jax._varying import vary_as
 
 
@@ -167,170 +165,123 @@ def perturbation(
   for i in chosen:
     _checks.gradient(rules[i], gs[i])
   dtype = sum_dtype(rules)
-  links = _Links.build([rules[i] for i in chosen], [gs[i] for i in chosen], eta, dtype)
+  leaves = Leaves.build([rules[i] for i in chosen], [gs[i] for i in chosen], eta, dtype)
   rho = jnp.asarray(rho, dtype)
 
   if not chosen:
-    epsilons, norm = [], jnp.zeros((), dtype)
+    epsilons, sharpness = [], jnp.zeros((), dtype)
   elif p == 1:
-    epsilons, norm = _largest_coordinate(links, rho)
+    epsilons, sharpness = _largest_coordinate(leaves, rho)
   elif p == 2:
-    epsilons, norm = _euclidean(links, rho)
+    epsilons, sharpness = _euclidean(leaves, rho)
   elif math.isinf(p):
-    epsilons = links.map(lambda w, g, t: rho * t * _sign(g))
-    norm = _total(links.map(lambda w, g, t: jnp.abs(t * g)))
+    epsilons = leaves.map(lambda w, g, t: rho * t * _sign(g))
+    sharpness = rho * _total(leaves.map(lambda w, g, t: jnp.abs(t * g)))
   else:
-    epsilons, norm = _general(links, rho, p / (p - 1))
+    epsilons, sharpness = _general(leaves, rho, p / (p - 1))
 
   result = [jnp.zeros_like(w) for w in ws]
   for i, epsilon in zip(chosen, epsilons, strict=True):
     result[i] = epsilon.astype(result[i].dtype)
-  return jtu.tree_unflatten(treedef, result), rho * norm
+  return jtu.tree_unflatten(treedef, result), sharpness
 
 
-@functools.partial(
-    jtu.register_dataclass,
-    data_fields=["ws", "gs", "kept", "eta"],
-    meta_fields=["operators"],
-)
-@dataclasses.dataclass(frozen=True)
-class _Links:
-  """The perturbed leaves: weights, gradients, and how to get T from a weight.
-
-  T and T g are not stored. Memory traffic, not arithmetic, is what this costs, so
-  each pass computes them afresh, and barriers keep XLA from merging the passes.
-  Only a T that is smaller than its leaf (a norm per filter) is kept.
-  """
-
-  ws: list[jax.Array]
-  gs: list[jax.Array]
-  kept: list[jax.Array | None]
-  eta: jax.Array
-  operators: tuple[_n.Operator, ...]
-
-  @classmethod
-  def build(cls, rules, gs, eta, dtype) -> "_Links":
-    # One dtype for all, float32 at least: half precision neither sums nor squares
-    # safely.
-    ws = [jnp.asarray(rule.leaf, dtype) for rule in rules]
-    gs = [jnp.asarray(g, dtype) for g in gs]
-    eta = jnp.asarray(eta, dtype)
-    kept = []
-    for rule, w in zip(rules, ws, strict=True):
-      smaller = _factor_size(rule, w, eta) < w.size
-      keep = smaller and rule.operator is not _n.none  # XLA drops a factor of 1
-      kept.append(jnp.asarray(rule.operator(w, eta), dtype) if keep else None)
-    return cls(ws, gs, kept, eta, tuple(rule.operator for rule in rules))
-
-  def map(self, fun: Callable[..., jax.Array], *values: jax.Array) -> list[jax.Array]:
-    """One pass: ``fun(w, g, t, *values)`` for each leaf.
-
-    Each leaf has a barrier of its own, with its own eta and values. One barrier for
-    all of them would let XLA:CPU share the broadcast of a scalar among leaves, and
-    so write it to memory at a leaf's size.
-    """
-    results = []
-    for w, g, kept, operator in zip(
-        self.ws, self.gs, self.kept, self.operators, strict=True
-    ):
-      w, g, eta, own = lax.optimization_barrier((w, g, self.eta, values))
-      results.append(fun(w, g, operator(w, eta) if kept is None else kept, *own))
-    return results
-
-
-def _factor_size(rule: _n.LeafRule, w: jax.Array, eta: jax.Array) -> int:
-  """The number of entries of T for one leaf, checked to broadcast to it."""
-  shape = jax.eval_shape(rule.operator, w, eta).shape
-  try:
-    fits = np.broadcast_shapes(shape, w.shape) == w.shape
-  except ValueError:
-    fits = False
-  if not fits:
-    raise ValueError(
-        f"normalization={rule.operator!r} gives T of shape {shape} for the leaf"
-        f" {jtu.keystr(rule.path)} of shape {w.shape}; T must broadcast to the"
-        " leaf's shape."
-    )
-  return math.prod(shape)
-
-
-def _euclidean(links: _Links, rho: jax.Array):
+def _euclidean(leaves: Leaves, rho: jax.Array):
   """For p = 2: rho T^2 g / ||T g||_2."""
-  norm, scale = _euclidean_norm(links)
-  # The norm is that of scale * T g. Zero: no direction, no perturbation. Not
-  # finite: NaN everywhere, for x / inf would silently spare the finite leaves.
-  ratio = jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1), 0)
-  ratio = jnp.where(jnp.isfinite(norm), ratio, jnp.nan)
+  total, ratio, scale = _squares_and_ratio(leaves, rho)
   # Two factors, for their product may leave the range where neither does.
-  epsilons = links.map(lambda w, g, t, s, r: g * s * r * t * t, scale, ratio)
-  return epsilons, norm / scale
+  epsilons = leaves.map(lambda w, g, t, s, r: g * s * r * t * t, scale, ratio)
+  return epsilons, rho * _root(total) / scale
 
 
 @jax.custom_jvp
-def _euclidean_norm(links: _Links) -> tuple[jax.Array, jax.Array]:
-  """(||scale T g||_2, scale) with a power of two that keeps squares in range.
+def _squares_and_ratio(
+    leaves: Leaves, rho: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(||scale T g||_2^2, rho / ||scale T g||_2, scale), with squares kept in range.
 
-  The scale is 1 unless the sum of squares leaves the range of its dtype; then the
-  loop takes a second turn with another scale. In the ordinary case it runs once,
-  and all it costs is one product per weight.
+  The scale, a power of two, is 1 unless the sum of squares leaves the range of its
+  dtype; then the loop takes a second turn with another scale. In the ordinary case
+  it runs once, and the scale costs no pass: T bears it (see ``Leaves.map``). One
+  that T cannot bear, for huge weights beside vanishing gradients, is taken back.
+
+  The ratio is finished inside the loop. XLA would move what follows the loop into the
+  passes that need it, and compute it again for each weight.
   """
-  dtype = links.eta.dtype
+  dtype = leaves.eta.dtype
   exponent = 5 * jnp.finfo(dtype).maxexp // 8
   big, small = 2.0**exponent, 2.0**-exponent
   # Below this sum, squares that matter may have been flushed to zero.
   lowest = 2.0 ** (-7 * exponent // 8)
 
   def try_scale(carry):
-    scale, _, _ = carry
-    total = _sum_of_squares(links, scale)
+    scale = carry[2]
+    total = _sum_of_squares(leaves, scale)
     better = jnp.where(total < lowest, big, jnp.where(jnp.isinf(total), small, 1))
-    again = (scale == 1) & (better != 1)
-    return jnp.where(again, better.astype(dtype), scale), total, again
+    too_big = (scale == big) & ~jnp.isfinite(total)
+    following = jnp.where(scale == 1, better, jnp.where(too_big, 0.5, scale))
+    again = following != scale
+    return total, _ratio(rho, total), following.astype(dtype), again
 
-  start = (jnp.ones((), dtype), jnp.zeros((), dtype), jnp.array(True))
-  scale, total, _ = lax.while_loop(
-      lambda carry: carry[2], try_scale, vary_as(start, links)
+  zero = jnp.zeros((), dtype)
+  start = (zero, zero, jnp.ones((), dtype), jnp.array(True))
+  total, ratio, scale, _ = lax.while_loop(
+      lambda carry: carry[3], try_scale, vary_as(start, (leaves, rho))
   )
-  return jnp.sqrt(total), scale
+  return total, ratio, scale
 
 
-@_euclidean_norm.defjvp
-def _euclidean_norm_jvp(primals, tangents):
+@_squares_and_ratio.defjvp
+def _squares_and_ratio_jvp(primals, tangents):
   # A while loop has no reverse mode; at a known scale none is needed.
-  norm, scale = _euclidean_norm(*primals)
+  results = _squares_and_ratio(*primals)
+  scale = results[2]
 
-  def norm_at_scale(links):
-    total = _sum_of_squares(links, scale)
-    return jnp.sqrt(jnp.where(total > 0, total, 1))  # no slope at zero
+  def at_scale(leaves, rho):
+    total = _sum_of_squares(leaves, scale)
+    return total, _ratio(rho, total)
 
-  _, slope = jax.jvp(norm_at_scale, primals, tangents)
-  return (norm, scale), (slope, jnp.zeros_like(scale))
-
-
-def _sum_of_squares(links: _Links, scale: jax.Array) -> jax.Array:
-  # The scale goes to the gradient first: the product with T may overflow too.
-  return _total(links.map(lambda w, g, t, s: jnp.square(g * s * t), scale))
+  _, slopes = jax.jvp(at_scale, primals, tangents)
+  return results, (*slopes, jnp.zeros_like(scale))
 
 
-def _general(links: _Links, rho: jax.Array, q: float):
+def _ratio(rho: jax.Array, total: jax.Array) -> jax.Array:
+  """The quotient rho / sqrt(total)."""
+  # Zero: no direction, no perturbation. Not finite: NaN everywhere, for x / inf
+  # would silently spare the finite leaves.
+  root = _root(total)
+  ratio = jnp.where(total == 0, 0, rho / jnp.where(total == 0, 1, root))
+  return jnp.where(jnp.isfinite(total), ratio, jnp.nan)
+
+
+def _root(total: jax.Array) -> jax.Array:
+  """sqrt(total), without the infinite slope at zero."""
+  return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
+
+
+def _sum_of_squares(leaves: Leaves, scale: jax.Array) -> jax.Array:
+  return _total(leaves.map(lambda w, g, t: jnp.square(g * t), scale=scale))
+
+
+def _general(leaves: Leaves, rho: jax.Array, q: float):
   """For 1 < p < inf: powers of |T g|, taken relative to the largest one."""
-  peak = jnp.max(_peaks(links))
+  peak = jnp.max(_peaks(leaves))
   unit = jnp.where(peak == 0, 1, peak)
-  total = _total(links.map(lambda w, g, t, u: jnp.abs(t * g / u) ** q, unit))
+  total = _total(leaves.map(lambda w, g, t, u: jnp.abs(t * g / u) ** q, unit))
   norm = jnp.where(total == 0, 1, total) ** (1 / q)
 
   def epsilon(w, g, t, unit, norm):
     share = jnp.abs(t * g / unit) / norm
     return rho * t * _sign(g) * share ** (q - 1)
 
-  return links.map(epsilon, unit, norm), peak * norm
+  return leaves.map(epsilon, unit, norm), rho * peak * norm
 
 
-def _largest_coordinate(links: _Links, rho: jax.Array):
+def _largest_coordinate(leaves: Leaves, rho: jax.Array):
   """For p = 1: all of rho on the first weight with the largest |T g|."""
-  peaks = _peaks(links)
+  peaks = _peaks(leaves)
   first_leaf = jnp.argmax(peaks)
-  epsilons = links.map(
+  epsilons = leaves.map(
       lambda w, g, t: jnp.where(
           jnp.arange(w.size).reshape(w.shape) == jnp.argmax(jnp.abs(t * g)),
           rho * t * _sign(g),
@@ -340,11 +291,11 @@ def _largest_coordinate(links: _Links, rho: jax.Array):
   epsilons = [
       jnp.where(first_leaf == i, epsilon, 0) for i, epsilon in enumerate(epsilons)
   ]
-  return epsilons, jnp.max(peaks)
+  return epsilons, rho * jnp.max(peaks)
 
 
-def _peaks(links: _Links) -> jax.Array:
-  return jnp.stack(links.map(lambda w, g, t: jnp.max(jnp.abs(t * g))))
+def _peaks(leaves: Leaves) -> jax.Array:
+  return jnp.stack(leaves.map(lambda w, g, t: jnp.max(jnp.abs(t * g))))
 
 
 def _total(leaves: Sequence[jax.Array]) -> jax.Array:

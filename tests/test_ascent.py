@@ -212,6 +212,22 @@ def test_norms_beyond_the_range_of_float32():
   np.testing.assert_allclose(epsilon, np.full(10_000, 0.005), rtol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [1e30, float(jnp.finfo(jnp.float32).max)])
+def test_huge_weights_beside_vanishing_gradients(masked):
+  # A constant such as a mask's -1e30 has no gradient, but 2^80 times it is inf.
+  w, scales = jnp.array([-masked, 1.0, -2.0]), (1e-10, 1e-15, 1e-30, 0.0)
+  tx = asam_jax.ascent(0.5, 0.01)
+  for size in scales:
+    g = size * jnp.array([0.0, 3.0, 1.0])
+    epsilon, state = jax.jit(tx.update)(g, tx.init(w), w)
+    expected = np.zeros(3)
+    if size > 1e-18:  # below, squares are zero at every scale that the mask bears
+      t = problems.oracle_factor(w, 0.01, "elementwise")
+      (expected,), _ = problems.oracle_perturbation([g], [t], 0.5, 2)
+    np.testing.assert_allclose(epsilon, expected, rtol=1e-5)
+    assert np.isfinite(state.sharpness)
+
+
 def test_float64_range_and_precision():
   with problems.enable_x64(True):
     rng = np.random.default_rng(0)
