@@ -219,9 +219,9 @@ def _squares_and_ratio(
     total = _sum_of_squares(leaves, scale)
     better = jnp.where(total < lowest, big, jnp.where(jnp.isinf(total), small, 1))
     too_big = (scale == big) & ~jnp.isfinite(total)
-    following = jnp.where(scale == 1, better, jnp.where(too_big, 0.5, scale))
-    again = following != scale
-    return total, _ratio(rho, total), following.astype(dtype), again
+    again = jnp.where(scale == 1, better != 1, too_big)
+    other = jnp.where(scale == 1, better, 0.5).astype(dtype)
+    return total, _ratio(rho, total), jnp.where(again, other, scale), again
 
   zero = jnp.zeros((), dtype)
   start = (zero, zero, jnp.ones((), dtype), jnp.array(True))

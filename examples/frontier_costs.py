@@ -41,9 +41,10 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...], int | None]] = {
     "mlp": (digits.MLP(), (8, 8, 1), None),
     "cnn": (digits.CNN(), (8, 8, 1), None),
     "mlp_2m": (digits.MLP(width=1050), (28, 28, 1), 128),
+    "mlp_2m_256": (digits.MLP(width=1050), (28, 28, 1), 256),
     "resnet20": (ResNet20(), (32, 32, 3), 128),
 }
-# The methods that the two larger networks are measured for.
+# The methods that the larger networks are measured for.
 LARGE = ("sgd", "asam", "momentum", "stale")
 
 
