@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import asam_jax
+from benchmarks import timing
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -114,6 +115,26 @@ def test_quickstart_table_is_that_of_the_results():
   report = importlib.import_module("quickstart_report")
   lines = (folder / "results/quickstart/results.jsonl").read_text().splitlines()
   assert report.table([json.loads(line) for line in lines]).strip() in README
+
+
+def test_cost_table_is_that_of_the_results():
+  folder = Path(__file__).parent.parent / "results/benchmarks"
+  columns = ("ASAM by hand", "adaptive_sam", "value_and_grad", "sam")
+  modes = ("optax.contrib.sam, opaque", "optax.contrib.sam, transparent")
+  for name, label in (("mlp", "MLP"), ("resnet", "ResNet-8")):
+    _, *rows = map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
+    times = {row["method"]: timing.show(row["ratio"]) for row in rows}
+    cells = [*(times[key] for key in columns), " / ".join(times[key] for key in modes)]
+    line = next(line for line in README.splitlines() if line.startswith(f"| {label}, "))
+    assert line.endswith(" | " + " | ".join(cells) + " |")
+    by_hand = {row["method"]: row["ratio_to_by_hand"][1] for row in rows}
+    for method in ("adaptive_sam", "value_and_grad"):
+      assert f"{by_hand[method]:.3f}" in README
+  _, *rows = map(json.loads, (folder / "perturbation.jsonl").read_text().splitlines())
+  ours = [row["ratio"] for row in rows if row["method"] == "asam_jax.ascent"]
+  assert len(ours) == 2
+  for ratio in ours:
+    assert timing.show(ratio) in README.replace("\n", " ")
 
 
 def test_frontier_table_is_that_of_the_results():
