@@ -51,7 +51,7 @@ LARGE = ("sgd", "asam", "momentum", "stale")
 def measure(
     network: str, names: Sequence[str], batch_size: int, rounds: int
 ) -> list[dict[str, Any]]:
-  """One row a method; all their steps take turns, ``rounds`` times.
+  """One row a method; all their steps take turns, ``rounds`` times, in random order.
 
   A method that skips ascents has two steps, which are compiled and timed apart:
   a row's ``flops`` and ``time`` are pairs of (step without, step with an ascent),
@@ -69,8 +69,10 @@ def measure(
         break
 
   seconds = {key: [] for key in steps}
+  order = np.random.default_rng(0)
   for _ in tqdm.trange(rounds, desc=f"cost, {network}", disable=None):
-    for key, step in steps.items():
+    for i in order.permutation(len(steps)):
+      key, step = list(steps.items())[i]
       # The first step finds the caches full of another method's arrays, which no
       # step in a training loop does.
       step.run()
