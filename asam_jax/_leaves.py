@@ -58,14 +58,25 @@ class Leaves:
     all of them would let XLA:CPU share the broadcast of a scalar among leaves, and
     so write it to memory at a leaf's size.
     """
+    leaves = list(zip(self.ws, self.gs, self.kept, self.operators, strict=True))
     results = []
-    for w, g, kept, operator in zip(
-        self.ws, self.gs, self.kept, self.operators, strict=True
-    ):
-      inputs = (w, g, self.eta, scale, values)
-      w, g, eta, s, own = lax.optimization_barrier(inputs)
+    # The last leaf first, as in a backward pass: XLA's schedule, which follows this
+    # order, then packs the gradients that are still needed more tightly.
+    for w, g, kept, operator in reversed(leaves):
+      w, g, eta, s, own = _barrier((w, g, self.eta, scale, values))
       results.append(fun(w, g, _factor(operator, w, eta, kept, s), *own))
-    return results
+    return results[::-1]
+
+
+@jax.custom_jvp
+def _barrier(values: Any) -> Any:
+  return lax.optimization_barrier(values)
+
+
+@_barrier.defjvp
+def _barrier_jvp(primals, tangents):
+  # JAX 0.12 can't transpose a barrier of which some tangents are constants.
+  return _barrier(*primals), tangents[0]
 
 
 def _factor(operator: _n.Operator, w: jax.Array, eta: jax.Array, kept: Any, scale: Any):
