@@ -58,14 +58,13 @@ class Leaves:
     all of them would let XLA:CPU share the broadcast of a scalar among leaves, and
     so write it to memory at a leaf's size.
     """
-    leaves = list(zip(self.ws, self.gs, self.kept, self.operators, strict=True))
     results = []
-    # The last leaf first, as in a backward pass: XLA's schedule, which follows this
-    # order, then packs the gradients that are still needed more tightly.
-    for w, g, kept, operator in reversed(leaves):
+    for w, g, kept, operator in zip(
+        self.ws, self.gs, self.kept, self.operators, strict=True
+    ):
       w, g, eta, s, own = _barrier((w, g, self.eta, scale, values))
       results.append(fun(w, g, _factor(operator, w, eta, kept, s), *own))
-    return results[::-1]
+    return results
 
 
 @jax.custom_jvp
