@@ -102,13 +102,18 @@ def test_line_search_as_base_gets_the_same_value_fn():
       optax.sgd(1.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=20)
   )
   tx = asam_jax.adaptive_sam(base_tx, 0.01)
-  params, state = PARAMS, tx.init(PARAMS)
-  for _ in range(30):
+
+  @jax.jit
+  def step(params, state):
     value, grads = jax.value_and_grad(loss)(params)
     updates, state = tx.update(
         grads, state, params, value=value, grad=grads, value_fn=loss
     )
-    params = optax.apply_updates(params, updates)
+    return optax.apply_updates(params, updates), state
+
+  params, state = PARAMS, tx.init(PARAMS)
+  for _ in range(30):
+    params, state = step(params, state)
   assert loss(params) < 0.01 < loss(PARAMS)
 
 
