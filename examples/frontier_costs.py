@@ -69,10 +69,10 @@ def measure(
         break
 
   seconds = {key: [] for key in steps}
-  order = np.random.default_rng(0)
+  keys, order = list(steps), np.random.default_rng(0)
   for _ in tqdm.trange(rounds, desc=f"cost, {network}", disable=None):
-    for i in order.permutation(len(steps)):
-      key, step = list(steps.items())[i]
+    for i in order.permutation(len(keys)):
+      key, step = keys[i], steps[keys[i]]
       # The first step finds the caches full of another method's arrays, which no
       # step in a training loop does.
       step.run()
