@@ -188,24 +188,26 @@ def perturbation(
 
 def _euclidean(leaves: Leaves, rho: jax.Array):
   """For p = 2: rho T^2 g / ||T g||_2."""
-  total, ratio, scale = _squares_and_ratio(leaves, rho)
+  sharpness, ratio, scale = _sharpness_and_ratio(leaves, rho)
   # Two factors, for their product may leave the range where neither does.
-  epsilons = leaves.map(lambda w, g, t, s, r: g * s * r * t * t, scale, ratio)
-  return epsilons, rho * _root(total) / scale
+  epsilons = leaves.map(
+      lambda w, g, t, s, r: g * s * r * t * t, scale, ratio, after_loop=True
+  )
+  return epsilons, sharpness
 
 
 @jax.custom_jvp
-def _squares_and_ratio(
+def _sharpness_and_ratio(
     leaves: Leaves, rho: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(||scale T g||_2^2, rho / ||scale T g||_2, scale), with squares kept in range.
+  """(rho ||T g||_2, rho / ||scale T g||_2, scale), with squares kept in range.
 
   The scale, a power of two, is 1 unless the sum of squares leaves the range of its
   dtype; then the loop takes a second turn with another scale. In the ordinary case
   it runs once, and the scale costs no pass: T bears it (see ``Leaves.map``). One
   that T cannot bear, for huge weights beside vanishing gradients, is taken back.
 
-  The ratio is finished inside the loop. XLA would move what follows the loop into the
+  Both are finished inside the loop. XLA would move what follows the loop into the
   passes that need it, and compute it again for each weight.
   """
   dtype = leaves.eta.dtype
@@ -221,37 +223,37 @@ def _squares_and_ratio(
     too_big = (scale == big) & ~jnp.isfinite(total)
     again = jnp.where(scale == 1, better != 1, too_big)
     other = jnp.where(scale == 1, better, 0.5).astype(dtype)
-    return total, _ratio(rho, total), jnp.where(again, other, scale), again
+    results = _finished(rho, total, scale)
+    return *results, jnp.where(again, other, scale), again
 
   zero = jnp.zeros((), dtype)
   start = (zero, zero, jnp.ones((), dtype), jnp.array(True))
-  total, ratio, scale, _ = lax.while_loop(
+  sharpness, ratio, scale, _ = lax.while_loop(
       lambda carry: carry[3], try_scale, vary_as(start, (leaves, rho))
   )
-  return total, ratio, scale
+  return sharpness, ratio, scale
 
 
-@_squares_and_ratio.defjvp
-def _squares_and_ratio_jvp(primals, tangents):
+@_sharpness_and_ratio.defjvp
+def _sharpness_and_ratio_jvp(primals, tangents):
   # A while loop has no reverse mode; at a known scale none is needed.
-  results = _squares_and_ratio(*primals)
+  results = _sharpness_and_ratio(*primals)
   scale = results[2]
 
   def at_scale(leaves, rho):
-    total = _sum_of_squares(leaves, scale)
-    return total, _ratio(rho, total)
+    return _finished(rho, _sum_of_squares(leaves, scale), scale)
 
   _, slopes = jax.jvp(at_scale, primals, tangents)
   return results, (*slopes, jnp.zeros_like(scale))
 
 
-def _ratio(rho: jax.Array, total: jax.Array) -> jax.Array:
-  """The quotient rho / sqrt(total)."""
+def _finished(rho: jax.Array, total: jax.Array, scale: jax.Array):
+  """From the sum of squares of scale T g: (rho ||T g||, rho / ||scale T g||)."""
   # Zero: no direction, no perturbation. Not finite: NaN everywhere, for x / inf
   # would silently spare the finite leaves.
   root = _root(total)
   ratio = jnp.where(total == 0, 0, rho / jnp.where(total == 0, 1, root))
-  return jnp.where(jnp.isfinite(total), ratio, jnp.nan)
+  return rho * root / scale, jnp.where(jnp.isfinite(total), ratio, jnp.nan)
 
 
 def _root(total: jax.Array) -> jax.Array:

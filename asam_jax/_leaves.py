@@ -50,19 +50,29 @@ class Leaves:
     return cls(ws, gs, kept, eta, tuple(rule.operator for rule in rules))
 
   def map(
-      self, fun: Callable[..., jax.Array], *values: jax.Array, scale: Any = None
+      self,
+      fun: Callable[..., jax.Array],
+      *values: jax.Array,
+      scale: Any = None,
+      after_loop: bool = False,
   ) -> list[jax.Array]:
     """One pass: ``fun(w, g, t, *values)`` for each leaf, with t = scale T.
 
     Each leaf has a barrier of its own, with its own eta and values. One barrier for
     all of them would let XLA:CPU share the broadcast of a scalar among leaves, and
-    so write it to memory at a leaf's size.
+    so write it to memory at a leaf's size. ``after_loop`` says that the other passes
+    are in a loop: w and g then need no barrier to keep the passes apart, and without
+    one XLA finds better places for the arrays around them.
     """
     results = []
     for w, g, kept, operator in zip(
         self.ws, self.gs, self.kept, self.operators, strict=True
     ):
-      w, g, eta, s, own = _barrier((w, g, self.eta, scale, values))
+      eta, s, own = self.eta, scale, values
+      if after_loop:
+        eta, s, own = _barrier((eta, s, own))
+      else:
+        w, g, eta, s, own = _barrier((w, g, eta, s, own))
       results.append(fun(w, g, _factor(operator, w, eta, kept, s), *own))
     return results
 
