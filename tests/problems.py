@@ -112,18 +112,16 @@ def quadratic() -> Problem:
 
 def regression() -> Problem:
   """A small ReLU network with a kernel of rank 4, one of rank 2 and biases."""
-  keys = jax.random.split(jax.random.key(0), 4)
-  x = jax.random.normal(keys[0], (16, 6, 6, 1))
-  y = jnp.sin(x.sum((1, 2, 3)))
+  rng = np.random.default_rng(0)
+
+  def normal(*shape, scale=1.0):
+    return jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+
+  x = normal(16, 6, 6, 1)
+  y = np.sin(np.sum(x, (1, 2, 3)))
   start = {
-      "conv": {
-          "kernel": 0.4 * jax.random.normal(keys[1], (3, 3, 1, 4)),
-          "bias": jnp.zeros(4),
-      },
-      "dense": {
-          "kernel": 0.3 * jax.random.normal(keys[2], (64, 1)),
-          "bias": jnp.zeros(1),
-      },
+      "conv": {"kernel": normal(3, 3, 1, 4, scale=0.4), "bias": jnp.zeros(4)},
+      "dense": {"kernel": normal(64, 1, scale=0.3), "bias": jnp.zeros(1)},
   }
 
   def loss(params):

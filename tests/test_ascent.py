@@ -1,5 +1,6 @@
 """The perturbation against the equations, and what makes it the right one."""
 
+import functools
 import math
 
 import chex
@@ -15,9 +16,10 @@ from tests import problems
 EXPONENTS = [1, 1.2, 1.5, 2, 3, 7, math.inf]
 OPERATORS = ["elementwise", "filterwise", "layerwise", "none"]
 SHAPES = [(3, 3, 2, 4), (5, 4), (6,), (), (2, 3, 4), (1,)]
-DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
+@functools.cache
 def random_tree(leaves, dtypes=DTYPES, seed=0):
   """Weights and gradients with leaves of mixed rank, dtype and name."""
   rng = np.random.default_rng(seed)
@@ -63,7 +65,7 @@ def test_perturbation_is_the_oracles(p, operator):
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("p", EXPONENTS)
 def test_perturbation_has_radius_rho(p, operator):
-  params, grads = random_tree(9, [jnp.float32])
+  params, grads = random_tree(9, (jnp.float32,))
   tx = asam_jax.ascent(0.3, 0.1, p, normalization=operator)
   epsilon, _ = tx.update(grads, tx.init(params), params)
   ts = factors(params, 0.1, operator)
@@ -76,7 +78,7 @@ def test_perturbation_has_radius_rho(p, operator):
 
 @pytest.mark.parametrize("p", EXPONENTS)
 def test_no_feasible_point_does_better(p):
-  params, grads = random_tree(6, [jnp.float32])
+  params, grads = random_tree(6, (jnp.float32,))
   rho = 0.3
   tx = asam_jax.ascent(rho, 0.01, p)
   epsilon, state = tx.update(grads, tx.init(params), params)
@@ -111,21 +113,19 @@ def test_p1_takes_the_first_of_equals():
   params = {"a": jnp.ones(3), "b": jnp.ones(3)}
   grads = {"a": jnp.array([1.0, -2.0, 2.0]), "b": jnp.array([2.0, 0.0, 0.0])}
   tx = asam_jax.ascent(0.5, 0.0, 1)
-  epsilon, _ = tx.update(grads, tx.init(params), params)
+  epsilon, _ = jax.jit(tx.update)(grads, tx.init(params), params)
   chex.assert_trees_all_equal(
       epsilon, {"a": jnp.array([0.0, -0.5, 0.0]), "b": jnp.zeros(3)}
   )
 
 
 def test_filter_axis():
-  import functools
-
   rng = np.random.default_rng(0)
   w, g = rng.normal(size=(2, 4, 3, 3, 5)).astype(np.float32)
   for axis in (-1, 0, 1):
     operator = functools.partial(asam_jax.filterwise, filter_axis=axis)
     tx = asam_jax.ascent(0.5, 0.1, normalization=operator)
-    epsilon, _ = tx.update(jnp.asarray(g), tx.init(jnp.asarray(w)), jnp.asarray(w))
+    epsilon, _ = jax.jit(tx.update)(g, tx.init(w), w)
     t = problems.oracle_factor(w, 0.1, "filterwise", axis)
     (expected,), _ = problems.oracle_perturbation([g], [t], 0.5, 2)
     np.testing.assert_allclose(epsilon, expected, rtol=2e-5)
@@ -133,13 +133,13 @@ def test_filter_axis():
 
 @pytest.mark.parametrize("p", [1, 2, 3, math.inf])
 def test_own_operator(p):
-  params, grads = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}, {"w": jnp.ones((2, 2))}
+  params, grads = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}, {"w": np.ones((2, 2))}
 
   def columnwise(w, eta):
     return jnp.max(jnp.abs(w), axis=0) + eta
 
   tx = asam_jax.ascent(0.5, 1.0, p, normalization=columnwise)
-  epsilon, _ = tx.update(grads, tx.init(params), params)
+  epsilon, _ = jax.jit(tx.update)(grads, tx.init(params), params)
   t = np.broadcast_to([4.0, 5.0], (2, 2))
   (expected,), _ = problems.oracle_perturbation([np.ones((2, 2))], [t], 0.5, p)
   np.testing.assert_allclose(epsilon["w"], expected, rtol=1e-5)
@@ -206,9 +206,9 @@ def test_radius_at_any_magnitude_of_the_gradient(p):
 
 def test_norms_beyond_the_range_of_float32():
   # Each number is in range, the norm of ten thousand of them is not.
-  w, g = jnp.ones(10_000), jnp.full(10_000, 3e38)
+  w, g = np.ones(10_000, np.float32), np.full(10_000, 3e38, np.float32)
   tx = asam_jax.ascent(0.5, 0.0)
-  epsilon, _ = tx.update(g, tx.init(w), w)
+  epsilon, _ = jax.jit(tx.update)(g, tx.init(w), w)
   np.testing.assert_allclose(epsilon, np.full(10_000, 0.005), rtol=1e-5)
 
 
@@ -217,9 +217,10 @@ def test_huge_weights_beside_vanishing_gradients(masked):
   # A constant such as a mask's -1e30 has no gradient, but 2^80 times it is inf.
   w, scales = jnp.array([-masked, 1.0, -2.0]), (1e-10, 1e-15, 1e-30, 0.0)
   tx = asam_jax.ascent(0.5, 0.01)
+  update = jax.jit(tx.update)
   for size in scales:
     g = size * jnp.array([0.0, 3.0, 1.0])
-    epsilon, state = jax.jit(tx.update)(g, tx.init(w), w)
+    epsilon, state = update(g, tx.init(w), w)
     expected = np.zeros(3)
     if size > 1e-18:  # below, squares are zero at every scale that the mask bears
       t = problems.oracle_factor(w, 0.01, "elementwise")
@@ -248,10 +249,11 @@ def test_float64_range_and_precision():
 def test_mixed_single_and_double_precision():
   with problems.enable_x64(True):
     params = {"a": jnp.ones(3, jnp.float32), "b": jnp.ones(3, jnp.float64)}
+    tx = asam_jax.ascent(0.6, 0.0)
+    update = jax.jit(tx.update)
     for magnitude in (2.0**-100, 1.0, 2.0**100):
       grads = jax.tree.map(lambda w, m=magnitude: m * w, params)
-      tx = asam_jax.ascent(0.6, 0.0)
-      epsilon, state = tx.update(grads, tx.init(params), params)
+      epsilon, state = update(grads, tx.init(params), params)
       assert epsilon["a"].dtype == jnp.float32
       assert epsilon["b"].dtype == state.sharpness.dtype == jnp.float64
       np.testing.assert_allclose(epsilon["a"], 0.6 / math.sqrt(6), rtol=1e-6)
@@ -262,11 +264,12 @@ def test_mixed_single_and_double_precision():
 @pytest.mark.parametrize("normalization", ["elementwise", "none"])
 def test_a_million_half_precision_weights(dtype, normalization):
   # A float16 sum of a million ones is inf, and the perturbation would be zero.
-  w = jnp.ones(1_000_000, dtype)
+  w = np.ones(1_000_000, dtype)
+  tx = asam_jax.ascent(1.0, 0.0, normalization=normalization)
+  update = jax.jit(tx.update)
   for magnitude in (1e-4, 1.0, 300.0):
-    g = jnp.full_like(w, magnitude)
-    tx = asam_jax.ascent(1.0, 0.0, normalization=normalization)
-    epsilon, _ = tx.update(g, tx.init(w), w)
+    g = np.full_like(w, magnitude)
+    epsilon, _ = update(g, tx.init(w), w)
     assert epsilon.dtype == dtype
     np.testing.assert_allclose(np.asarray(epsilon, np.float32), 1e-3, rtol=5e-3)
 
@@ -337,10 +340,11 @@ def test_schedules_and_traced_scalars():
 
   def radii(rho, eta, steps=4):
     tx = asam_jax.ascent(rho, eta)
+    update = jax.jit(tx.update)
     state, result = tx.init(w), []
     for _ in range(steps):
-      epsilon, state = tx.update(g, state, w)
-      result.append(float(jnp.linalg.norm(epsilon)))
+      epsilon, state = update(g, state, w)
+      result.append(np.linalg.norm(epsilon))
     assert state.count == steps
     return np.array(result)
 
@@ -374,20 +378,22 @@ def test_derivatives_through_the_perturbation(p):
   # For methods that differentiate a training step; forward and reverse.
   with problems.enable_x64(True):
     rng = np.random.default_rng(0)
-    w, g, c = jnp.asarray(rng.normal(size=(3, 5)))
+    w, g, c = rng.normal(size=(3, 5))
 
+    @jax.jit
     def fun(w, g, rho, eta):
       tx = asam_jax.ascent(rho, eta, p)
       epsilon, state = tx.update(g, tx.init(w), w)
       return c @ epsilon + state.sharpness
 
-    args = (w, g, 0.3, 0.1)
-    for index in range(4):
+    args = (w, g, np.float64(0.3), np.float64(0.1))
+    gradients = jax.jit(jax.grad(fun, (0, 1, 2, 3)))(*args)
+    for index, gradient in enumerate(gradients):
       step = 1e-6
-      direction = jnp.asarray(rng.normal(size=jnp.shape(args[index])))
+      direction = rng.normal(size=np.shape(args[index]))
       up, down = list(args), list(args)
       up[index] = up[index] + step * direction
       down[index] = down[index] - step * direction
       numeric = (fun(*up) - fun(*down)) / (2 * step)
-      reverse = jnp.sum(jax.grad(fun, index)(*args) * direction)
+      reverse = np.sum(gradient * direction)
       np.testing.assert_allclose(reverse, numeric, rtol=1e-6, atol=1e-8)

@@ -73,7 +73,8 @@ def test_gap_tends_to_the_first_order_sharpness():
   with problems.enable_x64(True):
     w, x = jax.tree.map(lambda a: a.astype(jnp.float64), (W, X))
     for rho in (1e-3, 1e-5):
-      *_, info = asam_jax.value_and_grad(loss, rho, with_info=True)(w, x)
+      transformed = asam_jax.value_and_grad(loss, rho, with_info=True)
+      *_, info = jax.jit(transformed)(w, x)
       np.testing.assert_allclose(info.gap, info.sharpness, rtol=100 * rho)
 
 
@@ -172,8 +173,8 @@ def test_jit_vmap_and_scan():
   gradient = asam_jax.grad(loss, 0.3)
   expected = gradient(W, X)
   chex.assert_trees_all_close(jax.jit(gradient)(W, X), expected, rtol=1e-6)
-  many = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), W)
-  got = jax.vmap(gradient, (0, None))(many, X)
+  many = jax.tree.map(lambda w: np.stack([w, 2 * w]), W)
+  got = jax.jit(jax.vmap(gradient, (0, None)))(many, X)
   chex.assert_trees_all_close(jax.tree.map(lambda g: g[0], got), expected, rtol=1e-5)
   _, scanned = jax.lax.scan(lambda c, _: (c, gradient(W, X)), None, length=2)
   chex.assert_trees_all_close(

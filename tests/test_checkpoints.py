@@ -83,6 +83,11 @@ def advance(step, carry, steps):
   return carry
 
 
+def committed(tree):
+  """On the device, as what is restored: both then run the same program."""
+  return jax.device_put(tree, jax.devices()[0])
+
+
 class Run:
   """One row's run: its step, its start, and where it is after three steps."""
 
@@ -90,7 +95,7 @@ class Run:
     problem = problems.quadratic()
     tx = row.make(base_optimizer(), row.rho)
     self.step = jax.jit(problems.step_function(tx, problem.loss, row))
-    self.start = problem.start, tx.init(problem.start)
+    self.start = committed((problem.start, tx.init(problem.start)))
     self.middle = advance(self.step, self.start, 3)
 
 
@@ -143,10 +148,13 @@ def test_nnx_module_and_optimizer(tmp_path):
     grads = nnx.grad(loss_fn)(model)
     optimizer.update(model, grads, grad_fn=grad_fn)
 
+  tx = typed_key(base_optimizer(), rho=0.1)
+
   def created():
     model = Model(nnx.Rngs(0))
-    tx = typed_key(base_optimizer(), rho=0.1)
-    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+    both = model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+    nnx.update(both, committed(nnx.state(both)))
+    return both
 
   def state(both):
     return nnx.to_pure_dict(nnx.state(both))
@@ -171,7 +179,7 @@ def killable_run():
   row, problem = ROWS["carried"], problems.regression()
   tx = row.make(base_optimizer(), row.rho)
   step = jax.jit(problems.step_function(tx, problem.loss, row))
-  return step, (problem.start, tx.init(problem.start))
+  return step, committed((problem.start, tx.init(problem.start)))
 
 
 def save_until_killed(directory):

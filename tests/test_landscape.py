@@ -1,6 +1,7 @@
 # ruff: noqa: E731  (losses of one line read best as lambdas)
 """Slices of the loss surface: positions, values, directions, the ball, plots."""
 
+import functools
 import math
 
 import jax
@@ -15,25 +16,40 @@ from asam_jax import landscape
 from asam_jax import sharpness
 from tests.sharpness import cases
 
+# Equal widths: what runs without jit is compiled for every shape of a leaf.
+WIDTHS = (4, 4, 4)
 KINDS = ("adaptive", "random", "filter", "gradient", "eigenvector")
 
 
-def norm(a):
-  return float(jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(a))))
+def network(seed=0):
+  """(params, batch, loss)."""
+  params, batch = cases.network(seed, WIDTHS)
+  return params, batch, functools.partial(network_loss, batch=batch)
+
+
+@jax.jit
+def network_loss(params, batch):
+  return cases.network_loss(batch)(params)
+
+
+def distance(a, b):
+  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return np.sqrt(sum(np.sum(np.square(x - y)) for x, y in pairs))
+
+
+adaptive_norm = jax.jit(sharpness.adaptive_norm, static_argnames="p")
 
 
 @pytest.mark.parametrize("p", [2, math.inf])
 @pytest.mark.parametrize("kind", KINDS)
 def test_directions_have_unit_length(kind, p):
-  params, batch = cases.network(0)
-  d = landscape.direction(kind, params, p=p, loss=cases.network_loss(batch), steps=8)
-  np.testing.assert_allclose(
-      sharpness.adaptive_norm(d, params, p=p), 1, rtol=1e-5)
+  params, _, loss = network()
+  d = landscape.direction(kind, params, p=p, loss=loss, steps=8)
+  np.testing.assert_allclose(adaptive_norm(d, params, p=p), 1, rtol=1e-5)
 
 
 def test_gradient_direction_is_the_ascent():
-  params, batch = cases.network(0)
-  loss = cases.network_loss(batch)
+  params, _, loss = network()
   d = landscape.direction("gradient", params, loss=loss)
   tx = asam_jax.ascent(rho=1.0)
   epsilon, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
@@ -42,19 +58,19 @@ def test_gradient_direction_is_the_ascent():
 
 
 def test_eigenvector_direction_has_the_curvature():
-  params, batch = cases.network(0)
-  loss = cases.network_loss(batch)
-  pairs = sharpness.hessian_eigenvalues(loss, params, 2)
+  params, _, loss = network()
+  values = jax.jit(lambda w: sharpness.hessian_eigenvalues(loss, w, 2).values)(params)
+  product_with = jax.jit(lambda d: jax.jvp(jax.grad(loss), (params,), (d,))[1])
   for index in (0, 1):
     d = landscape.direction("eigenvector", params, loss=loss, index=index)
-    product = jax.jvp(jax.grad(loss), (params,), (d,))[1]
-    curvature = sum(jnp.sum(a * b) for a, b in zip(
-        jax.tree.leaves(d), jax.tree.leaves(product), strict=True))
-    np.testing.assert_allclose(curvature, pairs.values[index], rtol=0.02)
+    curvature = sum(np.vdot(a, b) for a, b in zip(
+        jax.tree.leaves(d), jax.tree.leaves(product_with(d)), strict=True))
+    np.testing.assert_allclose(curvature, values[index], rtol=0.02)
 
 
 def test_filter_direction_has_the_filters_proportions():
-  kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 4)) * jnp.arange(1.0, 5)
+  rng = np.random.default_rng(0)
+  kernel = jnp.asarray(rng.normal(size=(3, 3, 2, 4)) * np.arange(1, 5), jnp.float32)
   d = landscape.direction("filter", {"kernel": kernel, "bias": jnp.ones(4)})
   lengths = lambda x: np.linalg.norm(np.asarray(x).reshape(-1, 4), axis=0)
   ratio = lengths(d["kernel"]) / lengths(kernel)
@@ -72,20 +88,20 @@ def test_adaptive_direction_follows_the_weights():
 
 
 def test_perturb_keeps_leaves_fixed():
-  params, _ = cases.network(0)
+  params, _, _ = network()
   for kind in ("adaptive", "random", "filter"):
     d = landscape.direction(kind, params, perturb=asam_jax.is_not_bias)
     assert all((layer["bias"] == 0).all() for layer in d)
 
 
 def test_line_is_the_loss_on_the_line():
-  params, batch = cases.network(0)
-  loss = cases.network_loss(batch)
+  params, _, loss = network()
   d = landscape.direction("adaptive", params)
   result = landscape.line(loss, params, d, rho=0.3, extent=1.5, points=7)
   np.testing.assert_allclose(result.x, np.linspace(-1.5, 1.5, 7), rtol=1e-6)
-  expected = [loss(jax.tree.map(lambda w, e, x=x: w + 0.3 * x * e, params, d))
-              for x in result.x]
+  w, e = jax.device_get((params, d))
+  expected = [loss(jax.tree.map(lambda w, e, x=x: w + 0.3 * x * e, w, e))
+              for x in np.asarray(result.x)]
   np.testing.assert_allclose(result.values, expected, rtol=1e-5)
 
 
@@ -100,32 +116,30 @@ def test_surface_axes_and_rows():
 
 @pytest.mark.parametrize("p", [1, 2, 3, math.inf])
 def test_ball_is_the_boundary(p):
-  params, _ = cases.network(0)
+  params, _, _ = network()
   ds = [landscape.direction(kind, params, p=p, key=jax.random.key(i))
         for i, kind in enumerate(("adaptive", "random"))]
   # Far from orthogonal: the outline must not assume that.
-  ds[1] = jax.tree.map(lambda a, b: a + b, *ds)
+  ds[1] = jax.tree.map(np.add, *ds)
   result = landscape.surface(lambda w: w[0]["bias"].sum(), params, ds, 0.3, p=p,
                              points=2)
   for x, y in np.asarray(result.ball)[::40]:
-    e = jax.tree.map(lambda a, b, x=x, y=y: 0.3 * (x * a + y * b), *ds)
-    np.testing.assert_allclose(
-        sharpness.adaptive_norm(e, params, p=p), 0.3, rtol=1e-4)
+    e = jax.tree.map(lambda a, b, x=x, y=y: 0.3 * (x * a + y * b), *jax.device_get(ds))
+    np.testing.assert_allclose(adaptive_norm(e, params, p=p), 0.3, rtol=1e-4)
   np.testing.assert_allclose(result.ball[0], result.ball[-1], atol=1e-5)
 
 
 def test_plane_goes_through_its_points():
-  points = [cases.network(seed)[0] for seed in range(3)]
-  loss = cases.network_loss(cases.network(0)[1])
+  points = [network(seed)[0] for seed in range(3)]
+  _, _, loss = network()
   result = landscape.plane(loss, points, margin=0.0, points=3)
-  distance = lambda i, j: norm(jax.tree.map(jnp.subtract, points[i], points[j]))
   corners = np.asarray(result.corners)
   for i, j in [(0, 1), (0, 2), (1, 2)]:
-    np.testing.assert_allclose(
-        np.linalg.norm(corners[i] - corners[j]), distance(i, j), rtol=1e-5)
+    apart = np.linalg.norm(corners[i] - corners[j])
+    np.testing.assert_allclose(apart, distance(points[i], points[j]), rtol=1e-5)
   np.testing.assert_allclose(result.values[0, 0], loss(points[0]), rtol=1e-4)
   np.testing.assert_allclose(result.values[0, -1], loss(points[1]), rtol=1e-4)
-  middle = jax.tree.map(lambda a, b: (a + b) / 2, *points[:2])
+  middle = jax.tree.map(lambda a, b: (np.asarray(a) + b) / 2, *points[:2])
   np.testing.assert_allclose(result.values[0, 1], loss(middle), rtol=1e-4)
 
 

@@ -13,21 +13,27 @@ import asam_jax
 from tests import problems
 
 ROWS = 24
-KEYS = jax.random.split(jax.random.key(0), 4)
-X = jax.random.normal(KEYS[0], (ROWS, 6))
-Y = jnp.sin(X.sum(1, keepdims=True))
+RNG = np.random.default_rng(0)
+X = np.float32(RNG.normal(size=(ROWS, 6)))
+Y = np.sin(X.sum(1, keepdims=True))
 BATCH = {"x": X, "y": Y}
 W = {
-    "kernel": 0.5 * jax.random.normal(KEYS[1], (6, 8)),
-    "bias": 0.1 * jax.random.normal(KEYS[2], (8,)),
-    "out": 0.5 * jax.random.normal(KEYS[3], (8, 1)),
+    "kernel": np.float32(0.5 * RNG.normal(size=(6, 8))),
+    "bias": np.float32(0.1 * RNG.normal(size=8)),
+    "out": np.float32(0.5 * RNG.normal(size=(8, 1))),
 }
 per_batch = functools.partial(asam_jax.microbatched, size=4)
 
 
+@jax.jit
 def loss(w, batch):
   hidden = jnp.tanh(batch["x"] @ w["kernel"] + w["bias"])
   return jnp.mean((hidden @ w["out"] - batch["y"]) ** 2)
+
+
+# Of the whole batch: what microbatches are compared with.
+plain = jax.jit(asam_jax.value_and_grad(loss))
+gradient = jax.jit(jax.grad(loss))
 
 
 def piece(i, size=4):
@@ -48,41 +54,42 @@ def test_one_ascent_for_the_batch_is_the_whole_batch():
 
 def test_the_same_through_the_optimizer():
   tx = asam_jax.adaptive_sam(optax.sgd(0.1, momentum=0.9), rho=0.5)
-  gradient = asam_jax.microbatched(jax.grad(loss), 4)
 
-  def run(grad, w):
-    state = tx.init(w)
+  @functools.partial(jax.jit, static_argnums=0)
+  def step(grad, w, state):
+    grad_fn = lambda w: grad(w, BATCH)  # noqa: E731
+    updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+    return optax.apply_updates(w, updates), state
+
+  def run(grad):
+    w, state = W, tx.init(W)
     for _ in range(3):
-      grad_fn = lambda w: grad(w, BATCH)  # noqa: E731
-      updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-      w = optax.apply_updates(w, updates)
+      w, state = step(grad, w, state)
     return w
 
-  got, expected = (jax.jit(functools.partial(run, g))(W) for g in
-                   (gradient, jax.grad(loss)))
+  got, expected = run(asam_jax.microbatched(gradient, 4)), run(gradient)
   chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=1e-6)
 
 
 def test_one_ascent_for_each_microbatch_is_written_out():
   # m-sharpness: the mean over i of grad L_i(w + epsilon_i), the oracle's epsilon_i.
   def one(i):
-    g = jax.grad(loss)(W, piece(i))
+    g = gradient(W, piece(i))
     names = sorted(W)
     ts = [
         problems.oracle_factor(W[n], 0.01, "none" if n == "bias" else "elementwise")
         for n in names
     ]
     epsilons, _ = problems.oracle_perturbation([g[n] for n in names], ts, 0.5, 2)
-    point = {
-        n: (W[n] + e).astype(jnp.float32) for n, e in zip(names, epsilons, strict=True)
-    }
-    return loss(W, piece(i)), jax.grad(loss)(point, piece(i))
+    point = {n: W[n] + np.float32(e) for n, e in zip(names, epsilons, strict=True)}
+    return loss(W, piece(i)), gradient(point, piece(i))
 
   expected = mean([one(i) for i in range(6)])
   got = jax.jit(asam_jax.microbatched(asam_jax.value_and_grad(loss), 4))(W, BATCH)
   chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=1e-6)
-  whole = asam_jax.value_and_grad(loss)(W, BATCH)
-  assert abs(whole[1]["out"] - got[1]["out"]).max() > 1e-3  # another method
+  whole = plain(W, BATCH)
+  difference = np.subtract(whole[1]["out"], got[1]["out"])
+  assert np.abs(difference).max() > 1e-3  # another method
 
 
 def test_info_and_aux_of_microbatches():
@@ -97,7 +104,7 @@ def test_info_and_aux_of_microbatches():
   (value, aux), _, info = jax.jit(asam_jax.microbatched(fun, 4))(W, BATCH)
   np.testing.assert_allclose(value, loss(W, BATCH), rtol=1e-5)
   np.testing.assert_allclose(aux["mean"], Y.mean(), rtol=1e-5)
-  assert aux["correct"] == jnp.sum(Y > 0)  # a count: added up
+  assert aux["correct"] == np.sum(Y > 0)  # a count: added up
   infos = [fun(W, piece(i))[2] for i in range(6)]
   chex.assert_trees_all_close(
       info, asam_jax.AscentInfo(*mean(infos)), rtol=1e-4, atol=1e-6
@@ -105,7 +112,7 @@ def test_info_and_aux_of_microbatches():
   (_, aux), _ = jax.jit(
       asam_jax.value_and_grad(with_aux, has_aux=True, accumulate=per_batch)
   )(W, BATCH)
-  assert aux["correct"] == jnp.sum(Y > 0)
+  assert aux["correct"] == np.sum(Y > 0)
 
 
 @pytest.mark.skipif(
@@ -118,17 +125,16 @@ def test_optax_microbatching_in_the_same_places():
       microbatch_size=4,
       accumulator=optax.microbatching.AccumulationType.MEAN,
   )
-  expected = asam_jax.value_and_grad(loss)(W, BATCH)
-  got = asam_jax.value_and_grad(loss, accumulate=microbatch)(W, BATCH)
-  chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=1e-6)
+  got = jax.jit(asam_jax.value_and_grad(loss, accumulate=microbatch))(W, BATCH)
+  chex.assert_trees_all_close(got, plain(W, BATCH), rtol=2e-5, atol=1e-6)
   # Its microbatches are every sixth row.
   mixed = jax.tree.map(
       lambda x: x.reshape(4, 6, -1).swapaxes(0, 1).reshape(ROWS, -1), BATCH
   )
   fun = asam_jax.value_and_grad(loss)
   chex.assert_trees_all_close(
-      microbatch(fun)(W, BATCH),
-      asam_jax.microbatched(fun, 4)(W, mixed),
+      jax.jit(microbatch(fun))(W, BATCH),
+      jax.jit(asam_jax.microbatched(fun, 4))(W, mixed),
       rtol=2e-5,
       atol=1e-6,
   )
@@ -141,8 +147,8 @@ def test_a_batch_of_random_keys():
 
   keys = jax.random.split(jax.random.key(7), ROWS)
   split = functools.partial(asam_jax.microbatched, size=4, argnums=(1, -1))
-  got = asam_jax.value_and_grad(noisy, accumulate=split)(W, BATCH, keys)
-  expected = asam_jax.value_and_grad(noisy)(W, BATCH, keys)
+  got = jax.jit(asam_jax.value_and_grad(noisy, accumulate=split))(W, BATCH, keys)
+  expected = jax.jit(asam_jax.value_and_grad(noisy))(W, BATCH, keys)
   chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=1e-6)
 
 
@@ -156,29 +162,34 @@ def test_bfloat16_gradients_are_added_up_in_float32():
   assert got.dtype == jnp.bfloat16
 
 
+def deep(w, x):
+  hidden = x
+  for _ in range(4):
+    hidden = jnp.tanh(hidden @ w["in"]) @ w["in"].T
+  return jnp.mean((hidden @ w["in"] @ w["out"]) ** 2)
+
+
+def temporary(fun, rows):
+  """Bytes of the compiled function of deep's weights and so many rows."""
+  w = {"in": np.ones((32, 64), np.float32), "out": np.ones((64, 1), np.float32)}
+  x = jax.ShapeDtypeStruct((rows, 32), jnp.float32)
+  return jax.jit(fun).lower(w, x).compile().memory_analysis().temp_size_in_bytes
+
+
+@functools.cache
+def temporary_of_one_ascent(rows):
+  return temporary(asam_jax.value_and_grad(deep), rows)
+
+
 @pytest.mark.parametrize("inner", [True, False], ids=["per microbatch", "per batch"])
 def test_memory_is_that_of_one_microbatch(inner):
-  w = {"in": jnp.ones((32, 64)), "out": jnp.ones((64, 1))}
-  x = jax.ShapeDtypeStruct((4096, 32), jnp.float32)
-
-  def deep(w, x):
-    hidden = x
-    for _ in range(4):
-      hidden = jnp.tanh(hidden @ w["in"]) @ w["in"].T
-    return jnp.mean((hidden @ w["in"] @ w["out"]) ** 2)
-
-  def temporary(fun):
-    return jax.jit(fun).lower(w, x).compile().memory_analysis().temp_size_in_bytes
-
-  whole = temporary(asam_jax.value_and_grad(deep))
   split = functools.partial(asam_jax.microbatched, size=64)  # 64 microbatches
   if inner:
-    pieces = temporary(split(asam_jax.value_and_grad(deep)))
+    fun = split(asam_jax.value_and_grad(deep))
   else:
-    pieces = temporary(asam_jax.value_and_grad(deep, accumulate=split))
-  small = jax.ShapeDtypeStruct((64, 32), jnp.float32)
-  one = jax.jit(asam_jax.value_and_grad(deep)).lower(w, small).compile()
-  bound = one.memory_analysis().temp_size_in_bytes
+    fun = asam_jax.value_and_grad(deep, accumulate=split)
+  pieces = temporary(fun, 4096)
+  bound, whole = temporary_of_one_ascent(64), temporary_of_one_ascent(4096)
   gradients = 4 * 4 * (32 * 64 + 64)
   assert pieces < bound + gradients < whole / 10
 
@@ -202,7 +213,7 @@ def test_in_shard_map_with_averaging():
       body, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=(spec(), spec())
   )
   got = jax.jit(run)(W, BATCH)
-  expected = mean([asam_jax.value_and_grad(loss)(W, piece(i, 6)) for i in range(4)])
+  expected = mean([plain(W, piece(i, 6)) for i in range(4)])
   chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=1e-6)
 
 

@@ -19,17 +19,18 @@ def toy_loss(w):
   return jnp.abs(w[0] * jax.nn.relu(w[1]) - 0.04)
 
 
-def toy_trajectory(tx, start, steps):
-  @jax.jit
-  def step(w, state):
-    grads = jax.grad(toy_loss)(w)
-    updates, state = tx.update(grads, state, w, grad_fn=jax.grad(toy_loss))
-    return optax.apply_updates(w, updates), state
+@functools.partial(jax.jit, static_argnums=0)
+def toy_step(tx, w, state):
+  grads = jax.grad(toy_loss)(w)
+  updates, state = tx.update(grads, state, w, grad_fn=jax.grad(toy_loss))
+  return optax.apply_updates(w, updates), state
 
+
+def toy_trajectory(tx, start, steps):
   w = jnp.array(start)
   state, points = tx.init(w), [w]
   for _ in range(steps):
-    w, state = step(w, state)
+    w, state = toy_step(tx, w, state)
     points.append(w)
   return np.array(points, np.float64)
 
@@ -96,18 +97,19 @@ def test_figure_3_sam_is_stuck_on_the_right():
 
 
 def test_figure_1_the_ellipsoid_moves_along_and_the_ball_does_not():
-  w, scale = jnp.array([1.0, 1.0]), jnp.array([3.0, 1 / 3])
+  w, scale = np.float32([1.0, 1.0]), np.float32([3.0, 1 / 3])
   angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
 
+  @functools.partial(jax.jit, static_argnums=0)
   def boundary(tx, w, directions):
-    return np.asarray(jax.vmap(lambda g: tx.update(g, tx.init(w), w)[0])(directions))
+    return jax.vmap(lambda g: tx.update(g, tx.init(w), w)[0])(directions)
 
-  directions = jnp.asarray(np.stack([np.cos(angles), np.sin(angles)], 1), jnp.float32)
+  directions = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
   adaptive = asam_jax.ascent(0.5, 0.0)
   at_w = boundary(adaptive, w, directions)
   # The gradient at Aw is A^-1 times the one at w.
   at_aw = boundary(adaptive, scale * w, directions / scale)
-  np.testing.assert_allclose(at_aw, at_w * np.asarray(scale), rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(at_aw, at_w * scale, rtol=1e-5, atol=1e-7)
   plain = asam_jax.ascent(0.5, normalization="none")
   for ball in (boundary(plain, w, directions), boundary(plain, scale * w, directions)):
     np.testing.assert_allclose(np.linalg.norm(ball, axis=1), 0.5, rtol=1e-5)
@@ -116,12 +118,13 @@ def test_figure_1_the_ellipsoid_moves_along_and_the_ball_does_not():
 # The official update rule on a network with every kind of leaf that it names.
 
 
+@functools.cache
 def network(seed=0):
-  """Parameters and loss of convolution, batch norm, ReLU and two dense layers."""
+  """Parameters of convolution, batch norm, ReLU, two dense layers; their gradient."""
   rng = np.random.default_rng(seed)
 
   def normal(*shape):
-    return jnp.asarray(0.5 * rng.normal(size=shape))
+    return 0.5 * rng.normal(size=shape)
 
   params = {
       "conv": {"kernel": normal(3, 3, 2, 4), "bias": normal(4)},
@@ -144,16 +147,16 @@ def network(seed=0):
       h = jax.nn.relu(h) if name == "dense1" else h
     return optax.softmax_cross_entropy_with_integer_labels(h, y).mean()
 
-  return params, loss
+  return params, jax.jit(jax.grad(loss))
 
 
 def batches(steps, seed=1):
   rng = np.random.default_rng(seed)
   for _ in range(steps):
-    yield jnp.asarray(rng.normal(size=(8, 5, 5, 2))), jnp.asarray(rng.integers(0, 3, 8))
+    yield rng.normal(size=(8, 5, 5, 2)), rng.integers(0, 3, 8)
 
 
-def official_steps(params, loss, data, rho, eta, rate, momentum, decay, adaptive):
+def official_steps(params, gradient, data, rho, eta, rate, momentum, decay, adaptive):
   """The reference implementation's loop, written out on a dict of arrays."""
   w = {
       (layer, name): np.asarray(leaf)
@@ -161,12 +164,11 @@ def official_steps(params, loss, data, rho, eta, rate, momentum, decay, adaptive
       for name, leaf in leaves.items()
   }
   velocity = {key: np.zeros_like(leaf) for key, leaf in w.items()}
-  gradient = jax.jit(jax.grad(loss))
 
   def slope(w, x, y):
     tree = {}
     for (layer, name), leaf in w.items():
-      tree.setdefault(layer, {})[name] = jnp.asarray(leaf)
+      tree.setdefault(layer, {})[name] = leaf
     tree = gradient(tree, x, y)
     return {key: np.asarray(tree[key[0]][key[1]]) for key in w}
 
@@ -188,7 +190,7 @@ def official_steps(params, loss, data, rho, eta, rate, momentum, decay, adaptive
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_official_update_rule_over_50_steps(adaptive):
   with problems.enable_x64(True):
-    params, loss = network()
+    params, gradient = network()
     base_tx = optax.chain(optax.add_decayed_weights(5e-3), optax.sgd(0.05, 0.9))
     if adaptive:
       tx = asam_jax.adaptive_sam(base_tx, rho=0.5, eta=0.01)
@@ -198,13 +200,13 @@ def test_official_update_rule_over_50_steps(adaptive):
     @jax.jit
     def step(params, state, x, y):
       def grad_fn(params):
-        return jax.grad(loss)(params, x, y)
+        return gradient(params, x, y)
 
       updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
       return optax.apply_updates(params, updates), state
 
     expected = official_steps(
-        params, loss, batches(50), 0.5, 0.01, 0.05, 0.9, 5e-3, adaptive
+        params, gradient, batches(50), 0.5, 0.01, 0.05, 0.9, 5e-3, adaptive
     )
     state = tx.init(params)
     for (x, y), w in zip(batches(50), expected, strict=True):
@@ -218,6 +220,7 @@ def test_official_update_rule_over_50_steps(adaptive):
 # Scale invariance of ReLU networks.
 
 
+@functools.cache
 def relu_network(seed=0):
   rng = np.random.default_rng(seed)
   sizes = [4, 8, 6, 3]
@@ -225,8 +228,9 @@ def relu_network(seed=0):
       {"kernel": rng.normal(size=(m, n)), "bias": 0.3 * rng.normal(size=n)}
       for m, n in itertools.pairwise(sizes)
   ]
-  x, y = jnp.asarray(rng.normal(size=(32, 4))), jnp.asarray(rng.integers(0, 3, 32))
+  x, y = rng.normal(size=(32, 4)), rng.integers(0, 3, 32)
 
+  @jax.jit
   def loss(params):
     h = x
     for i, layer in enumerate(params):
@@ -234,7 +238,7 @@ def relu_network(seed=0):
       h = jax.nn.relu(h) if i + 1 < len(params) else h
     return optax.softmax_cross_entropy_with_integer_labels(h, y).mean()
 
-  return jax.tree.map(jnp.asarray, params), loss
+  return params, loss
 
 
 def node_rescaling(params, seed=0):
@@ -246,8 +250,8 @@ def node_rescaling(params, seed=0):
     last = i + 1 == len(params)
     outgoing = np.ones(width) if last else 10 ** rng.uniform(-1.5, 1.5, width)
     factors.append({
-        "kernel": jnp.asarray(outgoing / incoming[:, None]),
-        "bias": jnp.asarray(outgoing),
+        "kernel": outgoing / incoming[:, None],
+        "bias": outgoing,
     })
     incoming = outgoing
   return factors
@@ -271,7 +275,7 @@ def test_scale_invariance(p):
 
     for seed in range(3):
       scale = node_rescaling(params, seed)
-      twin = jax.tree.map(jnp.multiply, scale, params)
+      twin = jax.tree.map(np.multiply, scale, params)
       np.testing.assert_allclose(loss(twin), loss(params), rtol=1e-12)
 
       adaptive_here, adaptive_there = measure(adaptive, params), measure(adaptive, twin)
@@ -290,6 +294,7 @@ def test_corresponding_trajectories():
     params, loss = relu_network()
     scale = node_rescaling(params)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def trajectory(tx, w):
       def step(carry, _):
         w, state = carry
@@ -298,15 +303,14 @@ def test_corresponding_trajectories():
         )
         return (optax.apply_updates(w, updates), state), None
 
-      run = jax.jit(lambda w: jax.lax.scan(step, (w, tx.init(w)), length=30)[0][0])
-      return run(w)
+      return jax.lax.scan(step, (w, tx.init(w)), length=30)[0][0]
 
     def mismatch(tx):
       here = trajectory(tx, params)
-      there = trajectory(tx, jax.tree.map(jnp.multiply, scale, params))
-      back = jax.tree.map(jnp.divide, there, scale)
-      moved = jax.tree.map(jnp.subtract, here, params)
-      gap = jax.tree.map(jnp.subtract, here, back)
+      there = trajectory(tx, jax.tree.map(np.multiply, scale, params))
+      back = jax.tree.map(np.divide, there, scale)
+      moved = jax.tree.map(np.subtract, here, params)
+      gap = jax.tree.map(np.subtract, here, back)
       return problems.oracle_norm(jax.tree.leaves(gap), 2) / problems.oracle_norm(
           jax.tree.leaves(moved), 2
       )

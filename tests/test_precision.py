@@ -18,6 +18,7 @@ NUMPY = {jnp.bfloat16: ml_dtypes.bfloat16, jnp.float16: np.float16}
 LOW = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 
 
+@functools.cache
 def million(dtype):
   """Weights with standard deviation 0.05, and a gradient."""
   rng = np.random.default_rng(0)
@@ -114,7 +115,7 @@ def test_where_nothing_is_coarse_nothing_changes():
   epsilon = {"wide": jnp.full(3, 1e-3), "narrow": jnp.zeros(3, jnp.bfloat16)}
   epsilon["none"] = None
   tx = asam_jax.stochastic_rounding(0)
-  got, _ = tx.update(epsilon, tx.init(params), params)
+  got, _ = jax.jit(tx.update)(epsilon, tx.init(params), params)
   chex.assert_trees_all_equal(got["wide"], epsilon["wide"])
   chex.assert_trees_all_equal(
       optax.apply_updates(params, got)["narrow"], params["narrow"]
@@ -126,38 +127,42 @@ def test_not_finite_is_not_hidden():
   w = jnp.ones(3, jnp.bfloat16)
   tx = asam_jax.stochastic_rounding(0)
   epsilon = jnp.array([jnp.nan, jnp.inf, -jnp.inf], jnp.bfloat16)
-  got = optax.apply_updates(w, tx.update(epsilon, tx.init(w), w)[0])
-  assert jnp.isnan(got[0])
-  assert got[1] == jnp.inf
-  assert got[2] == -jnp.inf
+  updates, _ = jax.jit(tx.update)(epsilon, tx.init(w), w)
+  got = optax.apply_updates(w, updates)
+  np.testing.assert_array_equal(np.float32(got), [np.nan, np.inf, -np.inf])
 
 
 @pytest.mark.parametrize("key", [0, jax.random.key(0)], ids=["seed", "key"])
 def test_keys_advance_and_the_state_stays_as_it_is(key):
   ascent_tx = optax.chain(asam_jax.ascent(0.05), asam_jax.stochastic_rounding(key))
   tx = optax.chain(asam_jax.perturbed_gradient(ascent_tx), optax.sgd(0.0))
-  w = jax.random.normal(jax.random.key(1), (64,)).astype(jnp.bfloat16)
-  points = []
+  w = jax.random.normal(jax.random.key(1), (64,), jnp.bfloat16)
 
-  def grad_fn(point):
-    points.append(point)
-    return point
+  @jax.jit
+  def step(state):
+    """(the point that the gradient is taken at, the new state)."""
+    points = []
 
-  state = tx.init(w)
-  for _ in range(2):
-    _, after = tx.update(w, state, w, grad_fn=grad_fn)
-    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
-    state = after
-  _, _ = tx.update(w, tx.init(w), w, grad_fn=grad_fn)
-  assert (points[0] != points[1]).any()
-  assert (points[0] == points[2]).all()
+    def grad_fn(point):
+      points.append(point)
+      return point
+
+    _, state = tx.update(w, state, w, grad_fn=grad_fn)
+    return points[0], state
+
+  start = tx.init(w)
+  first, state = step(start)
+  second, after = step(state)
+  chex.assert_trees_all_equal_shapes_and_dtypes(start, state, after)
+  assert (np.asarray(first) != np.asarray(second)).any()
+  np.testing.assert_array_equal(step(start)[0], first)
 
   def body(carry, _):
     w, state = carry
     updates, state = tx.update(w, state, w, grad_fn=lambda point: point)
     return (optax.apply_updates(w, updates), state), None
 
-  jax.lax.scan(body, (w, tx.init(w)), length=2)
+  jax.lax.scan(body, (w, start), length=2)
   with pytest.raises(ValueError, match="params=None"):
     asam_jax.stochastic_rounding(0).update(w, state[0].ascent[1])
 
@@ -165,21 +170,40 @@ def test_keys_advance_and_the_state_stays_as_it_is(key):
 # How much of what the perturbation adds to the gradient arrives, on a network.
 
 
+@functools.cache
 def network():
-  keys = jax.random.split(jax.random.key(3), 5)
-  x = jax.random.normal(keys[0], (64, 32))
-  y = jax.random.randint(keys[1], (64,), 0, 10)
-  w = {
-      "a": jax.random.normal(keys[2], (32, 128)) / 32**0.5,
-      "b": jax.random.normal(keys[3], (128, 128)) / 128**0.5,
-      "c": jax.random.normal(keys[4], (128, 10)) / 128**0.5,
-  }
+  @jax.jit
+  def draw():
+    keys = jax.random.split(jax.random.key(3), 5)
+    x = jax.random.normal(keys[0], (64, 32))
+    y = jax.random.randint(keys[1], (64,), 0, 10)
+    return x, y, {
+        "a": jax.random.normal(keys[2], (32, 128)) / 32**0.5,
+        "b": jax.random.normal(keys[3], (128, 128)) / 128**0.5,
+        "c": jax.random.normal(keys[4], (128, 10)) / 128**0.5,
+    }
+
+  x, y, w = draw()
 
   def loss(w):
     hidden = jax.nn.relu(jax.nn.relu(x @ w["a"]) @ w["b"])
     return optax.softmax_cross_entropy_with_integer_labels(hidden @ w["c"], y).mean()
 
   return w, loss
+
+
+@jax.jit
+def gradient(w):
+  """Of the network's loss, with a pass in float32, in the dtypes of the weights."""
+  _, loss = network()
+  return jax.grad(
+      lambda w: loss(jax.tree.map(lambda x: x.astype(jnp.float32), w))
+  )(w)
+
+
+@jax.jit
+def narrowed(tree):
+  return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
 
 
 def flat(tree):
@@ -191,11 +215,9 @@ def flat(tree):
     ("normalization", "rho"), [("elementwise", 0.05), ("none", 0.02)]
 )
 def test_share_of_the_sharpness_gradient_that_arrives(normalization, rho):
-  w, loss = network()
-  low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), w)
-  wide = jax.tree.map(lambda x: x.astype(jnp.float32), low)
-  gradient = jax.jit(jax.grad(lambda w: loss(
-      jax.tree.map(lambda x: x.astype(jnp.float32), w))))
+  w, _ = network()
+  low = narrowed(w)
+  wide = jax.tree.map(lambda x: np.asarray(x, np.float32), low)
   ascent_tx = asam_jax.ascent(rho, normalization=normalization)
 
   @jax.jit
@@ -209,17 +231,15 @@ def test_share_of_the_sharpness_gradient_that_arrives(normalization, rho):
     return np.mean(gradients, axis=0)
 
   g = gradient(wide)
-  g_low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), g)
+  g_low = narrowed(g)
   truth = added(wide, [point_at(wide, g)])
   share = lambda got: got @ truth / (truth @ truth)  # noqa: E731
   nearest = share(added(low, [point_at(low, g_low)]))
   keys = jax.random.split(jax.random.key(0), 16)
   stochastic = share(added(low, [point_at(low, g_low, key) for key in keys]))
   # Float32 master weights that the forward pass casts.
-  cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree))
-  master = share(
-      flat(gradient(cast(point_at(w, gradient(cast(w)))))) - flat(gradient(cast(w)))
-  )
+  g_low = gradient(narrowed(w))
+  master = share(flat(gradient(narrowed(point_at(w, g_low)))) - flat(g_low))
   assert nearest < 0.95
   # The rest is curvature: the noise of the rounding is longer than epsilon here.
   assert stochastic == pytest.approx(1, abs=0.08)
@@ -246,7 +266,7 @@ def test_master_weights_with_a_bfloat16_forward_pass():
       [g[n] for n in names], [np.ones(w[n].shape) for n in names], 0.05, 2
   )
   point = {
-      n: (w[n] + e).astype(jnp.float32) for n, e in zip(names, epsilons, strict=True)
+      n: np.asarray(w[n]) + np.float32(e) for n, e in zip(names, epsilons, strict=True)
   }
   expected = -0.1 * flat(gradient(point))
   # Where w + epsilon is in the middle of two bfloat16s, the last bit decides.
@@ -262,25 +282,24 @@ def test_master_weights_with_a_bfloat16_forward_pass():
 def test_the_direction_does_not_depend_on_the_loss_scale(p):
   w, loss = network()
   scale = 2.0**12
-  scaled = lambda w: scale * loss(w)  # noqa: E731
-  plain = asam_jax.adaptive_sam(optax.adam(0.1), 0.3, p=p)
-  unscaling = asam_jax.adaptive_sam(
-      optax.chain(optax.scale(1 / scale), optax.adam(0.1)), 0.3, p=p
-  )
 
-  @functools.partial(jax.jit, static_argnums=(0, 1))
-  def step(tx, fun, w):
-    updates, _ = tx.update(jax.grad(fun)(w), tx.init(w), w, grad_fn=jax.grad(fun))
-    return updates
+  @jax.jit
+  def step(w, scale):
+    gradient = jax.grad(lambda w: scale * loss(w))
+    base_tx = optax.chain(optax.scale(1 / scale), optax.adam(0.1))
+    tx = asam_jax.adaptive_sam(base_tx, 0.3, p=p)
+    return tx.update(gradient(w), tx.init(w), w, grad_fn=gradient)[0]
 
-  chex.assert_trees_all_close(
-      step(unscaling, scaled, w), step(plain, loss, w), rtol=1e-4, atol=1e-5
-  )
+  chex.assert_trees_all_close(step(w, scale), step(w, 1.0), rtol=1e-4, atol=1e-5)
+
   # The other door: the gradient comes out scaled once.
-  got = jax.jit(asam_jax.grad(scaled, 0.3, p=p))(w)
-  expected = jax.jit(asam_jax.grad(loss, 0.3, p=p))(w)
+  @jax.jit
+  def function(w, scale):
+    grads = asam_jax.grad(lambda w: scale * loss(w), 0.3, p=p)(w)
+    return jax.tree.map(lambda g: g / scale, grads)
+
   chex.assert_trees_all_close(
-      jax.tree.map(lambda g: g / scale, got), expected, rtol=1e-4, atol=1e-7
+      function(w, scale), function(w, 1.0), rtol=1e-4, atol=1e-7
   )
 
 
@@ -292,15 +311,23 @@ def half_loss(w, scale):
   return jnp.float32(2.0**-7) * inner * scale
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def half_step(tx, w, state, scale):
+  """(the clean gradient, the updates, the new state)."""
+  grad_fn = jax.grad(lambda w: half_loss(w, scale))
+  grads = grad_fn(w)
+  return grads, *tx.update(grads, state, w, grad_fn=grad_fn)
+
+
 def test_float16_pass_with_loss_scaling():
   w = jnp.array([1.0, -2.0, 0.5])
-  gradient = lambda scale: jax.grad(lambda w: half_loss(w, scale))  # noqa: E731
-  assert (gradient(1.0)(w) == 0).all()  # the disease
   scale = 2.0**16
   tx = asam_jax.adaptive_sam(
       optax.chain(optax.scale(1 / scale), optax.sgd(2.0**31)), 0.5, 0.0
   )
-  updates, _ = tx.update(gradient(scale)(w), tx.init(w), w, grad_fn=gradient(scale))
+  grads, *_ = half_step(tx, w, tx.init(w), 1.0)
+  assert (np.asarray(grads) == 0).all()  # the disease
+  _, updates, _ = half_step(tx, w, tx.init(w), scale)
   (epsilon,), _ = problems.oracle_perturbation([2 * w], [np.abs(w)], 0.5, 2)
   np.testing.assert_allclose(updates, -2 * (w + epsilon), rtol=5e-3)
 
@@ -314,10 +341,9 @@ def test_a_scale_that_overflows_skips_the_step_and_a_lower_one_goes_on():
   )
   state = tx.init(w)
   for _ in range(8):
-    grad_fn = lambda w, s=scale: jax.grad(lambda w: half_loss(w, s))(w)  # noqa: E731
-    updates, after = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+    _, updates, after = half_step(tx, w, state, scale)
     if after.skipped > state.skipped:
-      assert (updates == 0).all()
+      assert (np.asarray(updates) == 0).all()
       scale /= 2.0**4
     else:
       seen.append(updates / scale)

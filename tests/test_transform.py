@@ -38,6 +38,9 @@ def loss(params):
   return jnp.sum(params["kernel"] ** 4) + jnp.sum(params["bias"] ** 2)
 
 
+gradient = jax.jit(jax.grad(loss))
+
+
 def record_base():
   """A base optimizer that returns what it is given."""
   return optax.GradientTransformationExtraArgs(
@@ -53,7 +56,7 @@ def test_gradient_is_taken_once_at_the_perturbed_point():
     points.append(params)
     return jax.grad(loss)(params)
 
-  grads = jax.grad(loss)(PARAMS)
+  grads = gradient(PARAMS)
   ascent = asam_jax.ascent(0.3, 0.05)
   epsilon, _ = ascent.update(grads, ascent.init(PARAMS), PARAMS)
   tx = asam_jax.adaptive_sam(record_base(), 0.3, 0.05)
@@ -72,9 +75,11 @@ def test_adaptive_sam_is_the_chain():
       ),
       base_tx,
   )
-  grads = jax.grad(loss)(PARAMS)
+  grads = gradient(PARAMS)
   results = [
-      tx.update(grads, tx.init(PARAMS), PARAMS, grad_fn=jax.grad(loss))
+      jax.jit(functools.partial(tx.update, grad_fn=gradient))(
+          grads, tx.init(PARAMS), PARAMS
+      )
       for tx in (short, long)
   ]
   chex.assert_trees_all_equal(*results)
@@ -120,9 +125,10 @@ def test_line_search_as_base_gets_the_same_value_fn():
 def test_sharpness_and_count_are_in_the_state():
   tx = asam_jax.adaptive_sam(optax.adam(0.1), 0.3, 0.0)
   state = tx.init(PARAMS)
+  update = jax.jit(functools.partial(tx.update, grad_fn=gradient))
+  grads = gradient(PARAMS)
   for _ in range(3):
-    grads = jax.grad(loss)(PARAMS)
-    _, state = tx.update(grads, state, PARAMS, grad_fn=jax.grad(loss))
+    _, state = update(grads, state, PARAMS)
   ascent_state = state[0].ascent
   assert isinstance(ascent_state, asam_jax.AscentState)
   assert ascent_state.count == 3
@@ -141,11 +147,13 @@ def test_ascent_chain_with_a_state_of_its_own():
   tx = optax.chain(asam_jax.perturbed_gradient(chain), record_base())
   state, mean = tx.init(PARAMS), jax.tree.map(jnp.zeros_like, PARAMS)
   single = asam_jax.ascent(0.3, 0.0)
+  update = jax.jit(functools.partial(tx.update, grad_fn=lambda params: params))
+  single_update = jax.jit(single.update)
   for i in range(3):
     grads = jax.tree.map(lambda w, i=i: (-1.5) ** i * w, PARAMS)
     mean = jax.tree.map(lambda m, g: 0.5 * m + 0.5 * g, mean, grads)
-    epsilon, _ = single.update(mean, single.init(PARAMS), PARAMS)
-    point, state = tx.update(grads, state, PARAMS, grad_fn=lambda params: params)
+    epsilon, _ = single_update(mean, single.init(PARAMS), PARAMS)
+    point, state = update(grads, state, PARAMS)
     chex.assert_trees_all_close(
         point, optax.apply_updates(PARAMS, epsilon), rtol=1e-6
     )
@@ -177,11 +185,10 @@ def test_inject_hyperparams_on_rho_and_eta_does_not_retrace():
 def test_inject_hyperparams_with_a_schedule():
   make = optax.inject_hyperparams(asam_jax.adaptive_sam, static_args=("p",))
   tx = make(base_tx=record_base(), rho=lambda count: 0.1 * (1 + count), eta=0.0)
+  update = jax.jit(functools.partial(tx.update, grad_fn=lambda params: params))
   state, radii = tx.init(PARAMS), []
   for _ in range(3):
-    point, state = tx.update(
-        jax.grad(loss)(PARAMS), state, PARAMS, grad_fn=lambda params: params
-    )
+    point, state = update(gradient(PARAMS), state, PARAMS)
     t = {"kernel": jnp.abs(PARAMS["kernel"]), "bias": 1.0}
     deltas = jax.tree.map(lambda a, b, t: (a - b) / t, point, PARAMS, t)
     radii.append(problems.oracle_norm(jax.tree.leaves(deltas), 2))
@@ -193,12 +200,11 @@ def test_clipping_and_decay_inside_the_base_act_on_the_descent():
       optax.clip_by_global_norm(1.0), optax.add_decayed_weights(0.5), optax.sgd(1.0)
   )
   tx = asam_jax.adaptive_sam(base_tx, 0.3)
-  updates, _ = tx.update(
-      jax.grad(loss)(PARAMS), tx.init(PARAMS), PARAMS, grad_fn=jax.grad(loss)
-  )
+  update = jax.jit(functools.partial(tx.update, grad_fn=gradient))
+  updates, _ = update(gradient(PARAMS), tx.init(PARAMS), PARAMS)
   ascent = asam_jax.ascent(0.3)
-  epsilon, _ = ascent.update(jax.grad(loss)(PARAMS), ascent.init(PARAMS), PARAMS)
-  grads = jax.grad(loss)(optax.apply_updates(PARAMS, epsilon))
+  epsilon, _ = ascent.update(gradient(PARAMS), ascent.init(PARAMS), PARAMS)
+  grads = gradient(optax.apply_updates(PARAMS, epsilon))
   norm = problems.oracle_norm(jax.tree.leaves(grads), 2)
   expected = jax.tree.map(lambda w, g: -(g / norm + 0.5 * w), PARAMS, grads)
   chex.assert_trees_all_close(updates, expected, rtol=1e-5)
@@ -208,35 +214,32 @@ def test_clipping_and_decay_inside_the_base_act_on_the_descent():
 
 
 def batch():
-  keys = jax.random.split(jax.random.key(0), 3)
-  x = jax.random.normal(keys[0], (4, 8, 3))
-  y = jax.random.normal(keys[1], (4, 8))
-  return {"kernel": jax.random.normal(keys[2], (3,)), "bias": jnp.zeros(())}, x, y
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+  return {"kernel": normal(3), "bias": jnp.zeros(())}, normal(4, 8, 3), normal(4, 8)
 
 
 def regression_loss(params, x, y):
   return jnp.mean((x @ params["kernel"] + params["bias"] - y) ** 2)
 
 
+@jax.jit
+def one_device_reference(params, x, y):
+  tx = asam_jax.ascent(0.3)
+  grad_fn = functools.partial(jax.grad(regression_loss), x=x, y=y)
+  epsilon, _ = tx.update(grad_fn(params), tx.init(params), params)
+  return grad_fn(optax.apply_updates(params, epsilon))
+
+
 def per_device_reference(params, x, y):
   """m-sharpness: each device ascends on its share, the descent is averaged."""
-  tx = asam_jax.ascent(0.3)
-  shares = []
-  for i in range(4):
-    grad_fn = functools.partial(jax.grad(regression_loss), x=x[i], y=y[i])
-    epsilon, _ = tx.update(grad_fn(params), tx.init(params), params)
-    shares.append(grad_fn(optax.apply_updates(params, epsilon)))
+  shares = [one_device_reference(params, x[i], y[i]) for i in range(4)]
   return jax.tree.map(lambda *g: sum(g) / 4, *shares)
 
 
 def common_reference(params, x, y):
   """One perturbation for the whole batch."""
-  tx = asam_jax.ascent(0.3)
-  grad_fn = functools.partial(
-      jax.grad(regression_loss), x=x.reshape(-1, 3), y=y.reshape(-1)
-  )
-  epsilon, _ = tx.update(grad_fn(params), tx.init(params), params)
-  return grad_fn(optax.apply_updates(params, epsilon))
+  return one_device_reference(params, x.reshape(-1, 3), y.reshape(-1))
 
 
 def door_update(params, x, y, average):
@@ -264,7 +267,7 @@ def test_pmap(door, average):
   step = functools.partial(door, average=average)
   got = jax.pmap(step, axis_name="batch", in_axes=(None, 0, 0))(params, x, y)
   for i in range(4):
-    one = jax.tree.map(lambda g, i=i: g[i], got)
+    one = jax.tree.map(lambda g, i=i: np.asarray(g)[i], got)
     chex.assert_trees_all_close(one, expected, rtol=1e-5, atol=1e-7)
 
 

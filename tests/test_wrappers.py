@@ -28,9 +28,10 @@ W = {
     "bias": jnp.array([0.5, -0.3]),
     "kernel": jnp.array([[1.0, -2.0], [0.7, 1.5], [-0.4, 0.2]]),
 }
-X = jax.random.normal(jax.random.key(0), (8, 3))
-Y = jnp.sin(X[:, :2])
+X = np.asarray(jax.random.normal(jax.random.key(0), (8, 3)))
+Y = np.sin(X[:, :2])
 RHO, ETA = 0.3, 0.02
+SGD, ADAM = optax.sgd(0.1), optax.adam(0.1)  # shared, and so is what is compiled
 
 
 class Row(NamedTuple):
@@ -53,11 +54,12 @@ def row(wrapper, works, how):
   return add
 
 
+@jax.jit
 def loss(w, x=X, y=Y):
   return jnp.mean((x @ w["kernel"] + w["bias"] - y) ** 2)
 
 
-grad_fn = jax.grad(loss)
+grad_fn = jax.jit(jax.grad(loss))
 
 
 def perturbed(w, g=None, rho=RHO, gradient=grad_fn):
@@ -69,8 +71,8 @@ def perturbed(w, g=None, rho=RHO, gradient=grad_fn):
   ]
   (bias, kernel), _ = problems.oracle_perturbation([g["bias"], g["kernel"]], ts, rho, 2)
   return gradient({
-      "bias": w["bias"] + jnp.asarray(bias, jnp.float32),
-      "kernel": w["kernel"] + jnp.asarray(kernel, jnp.float32),
+      "bias": w["bias"] + np.float32(bias),
+      "kernel": w["kernel"] + np.float32(kernel),
   })
 
 
@@ -82,36 +84,48 @@ def link(rho=RHO):
   return asam_jax.perturbed_gradient(asam_jax.ascent(rho, ETA))
 
 
-def extra_args(w):
-  value, grads = jax.value_and_grad(loss)(w)
-  return {"value": value, "grad": grads, "value_fn": loss}
+def extra_args(w, batch=(X, Y)):
+  value, grads = jax.value_and_grad(loss)(w, *batch)
+  return {"value": value, "grad": grads, "value_fn": lambda w: loss(w, *batch)}
 
 
-def run(tx, steps=4, *, value_fn_only=False):
-  """A user's loop with the optimizer, in one jitted step."""
+@functools.partial(jax.jit, static_argnames=("tx", "gradient", "value_fn_only"))
+def update(tx, w, state, batch=(X, Y), *, gradient=grad_fn, value_fn_only=False):
+  """A user's step with the optimizer, up to the updates."""
+  extra = extra_args(w, batch)
+  if not value_fn_only:
+    extra["grad_fn"] = lambda w: gradient(w, *batch)
+  return tx.update(extra["grad"], state, w, **extra)
 
-  @jax.jit
-  def step(w, state):
-    extra = extra_args(w)
-    if not value_fn_only:
-      extra["grad_fn"] = grad_fn
-    updates, state = tx.update(extra["grad"], state, w, **extra)
-    return optax.apply_updates(w, updates), state
 
-  w, state = W, tx.init(W)
+@functools.partial(jax.jit, static_argnums=0)
+def update_base(base_tx, w, state, h):
+  """The same with the base optimizer, fed by the gradient h."""
+  base_tx = optax.with_extra_args_support(base_tx)
+  return base_tx.update(h, state, w, **extra_args(w))
+
+
+def start(tx):
+  """(W, the state), in NumPy: weak types of Optax's would be compiled for twice."""
+  return jax.tree.map(np.asarray, (W, tx.init(W)))
+
+
+def run(tx, steps=4, **options):
+  """A user's loop with the optimizer."""
+  w, state = start(tx)
   for _ in range(steps):
-    w, state = step(w, state)
+    updates, state = update(tx, w, state, **options)
+    w = optax.apply_updates(w, updates)
   return w
 
 
+@functools.cache
 def written_out(base_tx, steps=4, clean_at=()):
   """The same with the base optimizer, fed by the gradient of the formula."""
-  base_tx = optax.with_extra_args_support(base_tx)
-  update = jax.jit(lambda h, state, w: base_tx.update(h, state, w, **extra_args(w)))
-  w, state = W, base_tx.init(W)
+  w, state = start(base_tx)
   for i in range(steps):
     h = grad_fn(w) if i in clean_at else perturbed(w)
-    updates, state = update(h, state, w)
+    updates, state = update_base(base_tx, w, state, h)
     w = optax.apply_updates(w, updates)
   return w
 
@@ -123,7 +137,7 @@ def assert_same(got, expected):
 
 def assert_differ(got, expected):
   distance = max(
-      float(abs(a - b).max())
+      np.abs(np.subtract(a, b)).max()
       for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
   )
   assert distance > 1e-3
@@ -145,7 +159,7 @@ def test_chain():
 @row("`named_chain`", "yes", """As `chain`:
      `named_chain(("sam", perturbed_gradient(ascent(...))), ("base", base_tx))`.""")
 def test_named_chain():
-  base_tx = optax.adam(0.1)
+  base_tx = ADAM
   tx = optax.named_chain(("sam", link()), ("base", base_tx))
   assert_same(run(tx), written_out(base_tx))
   assert tx.init(W)["sam"].ascent.count == 0
@@ -156,11 +170,11 @@ def test_named_chain():
      set in the state or be schedules, without another compilation.""")
 def test_inject_hyperparams():
   make = optax.inject_hyperparams(asam_jax.adaptive_sam, static_args=("p",))
-  tx = make(optax.sgd(0.1), rho=0.1, eta=ETA)
+  tx = make(SGD, rho=0.1, eta=ETA)
   state = tx.init(W)
   state.hyperparams["rho"] = jnp.asarray(RHO)
-  updates, _ = tx.update(grad_fn(W), state, W, grad_fn=grad_fn)
-  assert_same(optax.apply_updates(W, updates), written_out(optax.sgd(0.1), 1))
+  updates, _ = update(tx, W, state)
+  assert_same(optax.apply_updates(W, updates), written_out(SGD, 1))
 
 
 @row("`apply_if_finite`", "no: `skip_nonfinite`", """Around `adaptive_sam` it looks at
@@ -169,19 +183,19 @@ def test_inject_hyperparams():
      an optimizer that is fed by `value_and_grad`, and around `carried`,
      `apply_if_finite` is right.""")
 def test_apply_if_finite():
-  spoil = lambda w: jax.tree.map(lambda g: g * jnp.inf, grad_fn(w))  # noqa: E731
-  tx = optax.apply_if_finite(asam(optax.sgd(0.1)), 3)
-  updates, _ = tx.update(grad_fn(W), tx.init(W), W, grad_fn=spoil)
-  assert not jnp.isfinite(updates["kernel"]).all()
-  tx = asam_jax.skip_nonfinite(link(), optax.sgd(0.1))
-  updates, state = tx.update(grad_fn(W), tx.init(W), W, grad_fn=spoil)
-  assert (updates["kernel"] == 0).all()
+  spoil = lambda *args: jax.tree.map(lambda g: g * jnp.inf, grad_fn(*args))  # noqa: E731
+  tx = optax.apply_if_finite(asam(SGD), 3)
+  updates, _ = update(tx, W, tx.init(W), gradient=spoil)
+  assert not np.isfinite(updates["kernel"]).all()
+  tx = asam_jax.skip_nonfinite(link(), SGD)
+  updates, state = update(tx, W, tx.init(W), gradient=spoil)
+  assert (np.asarray(updates["kernel"]) == 0).all()
   assert state.skipped == 1
-  assert_same(run(tx), written_out(optax.sgd(0.1)))
-  tx = optax.apply_if_finite(optax.sgd(0.1), 3)
-  _, grads = asam_jax.value_and_grad(lambda w: loss(w) / 0.0, RHO, ETA)(W)
-  updates, state = tx.update(grads, tx.init(W), W)
-  assert (updates["kernel"] == 0).all()
+  assert_same(run(tx), written_out(SGD))
+  tx = optax.apply_if_finite(SGD, 3)
+  _, grads = jax.jit(asam_jax.value_and_grad(lambda w: loss(w) / 0.0, RHO, ETA))(W)
+  updates, state = update_base(tx, W, tx.init(W), grads)
+  assert (np.asarray(updates["kernel"]) == 0).all()
   assert state.total_notfinite == 1
 
 
@@ -192,10 +206,10 @@ def test_apply_if_finite():
      out the gradient as an update. `sometimes` does more.""")
 def test_conditionally_transform():
   even = lambda step: step % 2 == 0  # noqa: E731
-  tx = optax.chain(optax.conditionally_transform(link(), even), optax.adam(0.1))
-  assert_same(run(tx), written_out(optax.adam(0.1), clean_at=(1, 3)))
-  around = optax.conditionally_transform(asam(optax.adam(0.1)), lambda step: step < 0)
-  got, _ = around.update(grad_fn(W), around.init(W), W, grad_fn=grad_fn)
+  tx = optax.chain(optax.conditionally_transform(link(), even), ADAM)
+  assert_same(run(tx), written_out(ADAM, clean_at=(1, 3)))
+  around = optax.conditionally_transform(asam(ADAM), lambda step: step < 0)
+  got, _ = update(around, W, around.init(W))
   assert_same(got, grad_fn(W))
 
 
@@ -203,8 +217,8 @@ def test_conditionally_transform():
 def test_conditionally_mask():
   odd = lambda step: step % 2 == 1  # noqa: E731
   assert_same(
-      run(optax.conditionally_mask(asam(optax.adam(0.1)), odd), 4),
-      written_out(optax.adam(0.1), 2),
+      run(optax.conditionally_mask(asam(ADAM), odd), 4),
+      written_out(ADAM, 2),
   )
 
 
@@ -212,29 +226,29 @@ def test_conditionally_mask():
      the perturbed y. Evaluate `schedule_free_eval_params`.""")
 def test_schedule_free():
   make = lambda base_tx: optax.contrib.schedule_free(base_tx, 0.1, b1=0.9)  # noqa: E731
-  expected = written_out(make(optax.sgd(0.1)))
-  assert_same(run(make(asam(optax.sgd(0.1)))), expected)
-  assert_same(run(asam(make(optax.sgd(0.1)))), expected)
+  expected = written_out(make(SGD))
+  assert_same(run(make(asam(SGD))), expected)
+  assert_same(run(asam(make(SGD))), expected)
 
 
 @row("`contrib.mechanize`", "inside", """`adaptive_sam(mechanize(base_tx))`. Around,
      it runs, but tunes the learning rate with the gradient at w.""")
 def test_mechanize():
   mechanize = functools.partial(optax.contrib.mechanize, s_init=0.1)
-  expected = written_out(mechanize(optax.sgd(0.1)), 8)
-  assert_same(run(asam(mechanize(optax.sgd(0.1))), 8), expected)
-  assert_differ(run(mechanize(asam(optax.sgd(0.1))), 8), expected)
+  expected = written_out(mechanize(SGD), 8)
+  assert_same(run(asam(mechanize(SGD)), 8), expected)
+  assert_differ(run(mechanize(asam(SGD)), 8), expected)
 
 
 @row("`contrib.reduce_on_plateau`", "yes", """Inside `base_tx` or after, with
      `update(..., value=loss)`.""")
 def test_reduce_on_plateau():
   plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1, rtol=0.9)
-  base_tx = optax.chain(optax.sgd(0.1), plateau)
+  base_tx = optax.chain(SGD, plateau)
   expected = written_out(base_tx, 6)
   assert_same(run(asam(base_tx), 6), expected)
-  assert_same(run(optax.chain(asam(optax.sgd(0.1)), plateau), 6), expected)
-  assert_differ(run(asam(optax.sgd(0.1)), 6), expected)
+  assert_same(run(optax.chain(asam(SGD), plateau), 6), expected)
+  assert_differ(run(asam(SGD), 6), expected)
 
 
 @row("`polyak_sgd`", "as base", """With `update(..., value=loss)`. The step size is that
@@ -280,7 +294,7 @@ def test_lbfgs():
 
 def raises_on_holes(make):
   with pytest.raises(ValueError, match=r"holes .* Use the arguments perturb and norm"):
-    make(asam(optax.sgd(0.1))).init(W)
+    make(asam(SGD)).init(W)
 
 
 def base_on_kernel_only(base_tx):
@@ -291,7 +305,7 @@ def base_on_kernel_only(base_tx):
 def kernel_only():
   """What to do instead: the selection in the ascent, the wrapper in the base."""
   tx = asam_jax.adaptive_sam(
-      base_on_kernel_only(optax.sgd(0.1)), RHO, ETA,
+      base_on_kernel_only(SGD), RHO, ETA,
       perturb={"bias": False, "kernel": True},
   )
   g = grad_fn(W)
@@ -308,7 +322,7 @@ def test_masked():
   raises_on_holes(lambda tx: optax.masked(tx, {"bias": False, "kernel": True}))
   base_tx = optax.chain(
       optax.masked(optax.add_decayed_weights(0.1), {"bias": False, "kernel": True}),
-      optax.sgd(0.1),
+      SGD,
   )
   assert_same(run(asam(base_tx)), written_out(base_tx))
   kernel_only()
@@ -318,7 +332,7 @@ def test_masked():
 def test_partition():
   raises_on_holes(base_on_kernel_only)
   base_tx = optax.partition(
-      {"a": optax.adam(0.1), "b": optax.sgd(0.2)}, {"bias": "a", "kernel": "b"}
+      {"a": ADAM, "b": optax.sgd(0.2)}, {"bias": "a", "kernel": "b"}
   )
   assert_same(run(asam(base_tx)), written_out(base_tx))
 
@@ -331,7 +345,7 @@ def test_selective_transform():
       optax.selective_transform, freeze_mask={"bias": True, "kernel": False}
   )
   raises_on_holes(freeze)
-  assert_same(run(asam(freeze(optax.sgd(0.1)))), written_out(freeze(optax.sgd(0.1))))
+  assert_same(run(asam(freeze(SGD))), written_out(freeze(SGD)))
   kernel_only()
 
 
@@ -339,25 +353,37 @@ def test_selective_transform():
      one flat array, which fails, and the error says so: T and the arguments
      `perturb` and `normalize` need the leaves.""")
 def test_flatten():
-  base_tx = optax.flatten(optax.adam(0.1))
+  base_tx = optax.flatten(ADAM)
   assert_same(run(asam(base_tx)), written_out(base_tx))
-  tx = optax.flatten(asam(optax.adam(0.1)))
+  tx = optax.flatten(asam(ADAM))
   with pytest.raises(TypeError, match=r"optax\.flatten, put it inside") as caught:
-    tx.update(grad_fn(W), tx.init(W), W, grad_fn=grad_fn)
+    update(tx, W, tx.init(W))
   assert any("perturb and normalize" in note for note in caught.value.__notes__)
 
 
-def micro_batch(i, gradient=grad_fn):
-  return lambda w: gradient(w, X[4 * i : 4 * i + 4], Y[4 * i : 4 * i + 4])
+def micro_batch(i):
+  return X[4 * i : 4 * i + 4], Y[4 * i : 4 * i + 4]
+
+
+def micro_gradient(i):
+  return lambda w: grad_fn(w, *micro_batch(i))
 
 
 def run_accumulation(tx):
-  w, state = W, tx.init(W)
+  w, state = start(tx)
   for i in range(2):
-    fun = micro_batch(i)
-    updates, state = tx.update(fun(w), state, w, grad_fn=fun)
+    updates, state = update(tx, w, state, micro_batch(i))
     w = optax.apply_updates(w, updates)
   return w
+
+
+def step_along(gradient):
+  """One step with one gradient function in both places."""
+  tx = asam(SGD)
+  updates, _ = jax.jit(
+      lambda w: tx.update(gradient(w), tx.init(w), w, grad_fn=gradient)
+  )(W)
+  return optax.apply_updates(W, updates)
 
 
 def mean_step(gradients):
@@ -368,8 +394,8 @@ def mean_step(gradients):
      .gradient_transformation())`: one perturbation for each micro-batch
      (m-sharpness), and a step after k of them.""")
 def test_multi_steps_inside():
-  inner = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
-  expected = mean_step([perturbed(W, gradient=micro_batch(i)) for i in range(2)])
+  inner = optax.MultiSteps(SGD, 2).gradient_transformation()
+  expected = mean_step([perturbed(W, gradient=micro_gradient(i)) for i in range(2)])
   assert_same(run_accumulation(asam(inner)), expected)
 
 
@@ -380,25 +406,22 @@ def test_multi_steps_inside():
      perturbation from the whole batch, `MultiSteps` inside for one per micro-batch, or
      `MultiSteps(base_tx, k)` fed by `value_and_grad`.""")
 def test_multi_steps_around():
-  gradients = [micro_batch(i)(W) for i in range(2)]
+  gradients = [micro_gradient(i)(W) for i in range(2)]
   g = jax.tree.map(lambda a, b: (a + b) / 2, *gradients)
-  last = perturbed(W, g, gradient=lambda w: g if w is W else micro_batch(1)(w))
-  got = run_accumulation(optax.MultiSteps(asam(optax.sgd(0.1)), 2))
+  last = perturbed(W, g, gradient=lambda w: g if w is W else micro_gradient(1)(w))
+  got = run_accumulation(optax.MultiSteps(asam(SGD), 2))
   assert_same(got, jax.tree.map(lambda w, h: w - 0.1 * h, W, last))  # as said: wrong
   right = jax.tree.map(lambda w, h: w - 0.1 * h, W, perturbed(W))
   assert_differ(got, right)
   accumulated = asam_jax.microbatched(jax.grad(loss), 4, argnums=(1, 2))
-  fun = lambda w: accumulated(w, X, Y)  # noqa: E731
-  tx = asam(optax.sgd(0.1))
-  updates, _ = tx.update(fun(W), tx.init(W), W, grad_fn=fun)
-  assert_same(optax.apply_updates(W, updates), right)
-  tx = optax.MultiSteps(optax.sgd(0.1), 2)
-  w, state = W, tx.init(W)
+  assert_same(step_along(lambda w: accumulated(w, X, Y)), right)
+  tx = optax.MultiSteps(SGD, 2)
+  w, state = start(tx)
+  ascending = jax.jit(asam_jax.grad(loss, RHO, ETA))
   for i in range(2):
-    at = micro_batch(i, loss)
-    updates, state = tx.update(asam_jax.grad(at, RHO, ETA)(w), state, w)
+    updates, state = update_base(tx, w, state, ascending(w, *micro_batch(i)))
     w = optax.apply_updates(w, updates)
-  per_micro_batch = [perturbed(W, gradient=micro_batch(i)) for i in range(2)]
+  per_micro_batch = [perturbed(W, gradient=micro_gradient(i)) for i in range(2)]
   assert_same(w, mean_step(per_micro_batch))
 
 
@@ -408,15 +431,20 @@ def test_multi_steps_around():
 def test_lookahead():
   logging.getLogger("absl").setLevel(logging.ERROR)
   params = optax.LookaheadParams.init_synced(W)
-  tx = optax.lookahead(asam(optax.sgd(0.1)), 2, 0.5)
+  tx = optax.lookahead(asam(SGD), 2, 0.5)
   with pytest.raises(TypeError, match="grad_fn"):
     tx.update(grad_fn(W), tx.init(params), params, grad_fn=grad_fn)
-  tx = optax.lookahead(optax.sgd(0.1), 2, 0.5)
+  tx = optax.lookahead(SGD, 2, 0.5)
   state, fast = tx.init(params), W
-  for _ in range(2):
+
+  @jax.jit
+  def step(params, state):
     _, grads = asam_jax.value_and_grad(loss, RHO, ETA)(params.fast)
     updates, state = tx.update(grads, state, params)
-    params = optax.apply_updates(params, updates)
+    return optax.apply_updates(params, updates), state
+
+  for _ in range(2):
+    params, state = step(params, state)
     fast = jax.tree.map(lambda w, h: w - 0.1 * h, fast, perturbed(fast))
   slow = jax.tree.map(lambda a, b: a + 0.5 * (b - a), W, fast)
   assert_same(params.fast, slow)
@@ -429,19 +457,25 @@ def test_lookahead():
      value. `adaptive_sam` has neither trap.""")
 def test_contrib_sam():
   adversary = optax.chain(asam_jax.ascent(RHO, ETA), optax.scale(-1.0))
-  tx = optax.contrib.sam(optax.sgd(0.1), adversary, opaque_mode=True)
-  w, state = W, tx.init(W)
+  tx = optax.contrib.sam(SGD, adversary, opaque_mode=True)
+  w, state = start(tx)
+
+  @jax.jit
+  def opaque(w, state):
+    return tx.update(grad_fn(w), state, w, grad_fn=lambda w, i: grad_fn(w))
+
   for _ in range(3):
-    updates, state = tx.update(grad_fn(w), state, w, grad_fn=lambda w, i: grad_fn(w))
+    updates, state = opaque(w, state)
     w = optax.apply_updates(w, updates)
-  assert_same(w, written_out(optax.sgd(0.1), 3))
+  assert_same(w, written_out(SGD, 3))
   # And in its other mode, in two calls a step.
-  tx = optax.contrib.sam(optax.sgd(0.1), adversary)
-  w, state = W, tx.init(W)
+  tx = optax.contrib.sam(SGD, adversary)
+  w, state = start(tx)
+  transparent = jax.jit(tx.update)
   for _ in range(6):
-    updates, state = tx.update(grad_fn(w), state, w)
+    updates, state = transparent(grad_fn(w), state, w)
     w = optax.apply_updates(w, updates)
-  assert_same(w, written_out(optax.sgd(0.1), 3))
+  assert_same(w, written_out(SGD, 3))
 
 
 @row("`microbatching.microbatch`", "yes", """Around `grad_fn` and the incoming gradient,
@@ -453,10 +487,7 @@ def test_microbatching():
   gradient = optax.microbatching.microbatch(
       jax.grad(loss), (1, 2), 4, optax.microbatching.AccumulationType.MEAN
   )
-  fun = lambda w: gradient(w, X, Y)  # noqa: E731
-  tx = asam(optax.sgd(0.1))
-  updates, _ = tx.update(fun(W), tx.init(W), W, grad_fn=fun)
-  assert_same(optax.apply_updates(W, updates), written_out(optax.sgd(0.1), 1))
+  assert_same(step_along(lambda w: gradient(w, X, Y)), written_out(SGD, 1))
 
 
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.test.__name__[5:])
@@ -467,8 +498,7 @@ def test_row_says_something(case):
 
 
 def test_the_steps_are_not_trivial():
-  assert_differ(written_out(optax.sgd(0.1)), written_out(optax.sgd(0.1),
-                                                         clean_at=range(4)))
+  assert_differ(written_out(SGD), written_out(SGD, clean_at=range(4)))
   np.testing.assert_array_less(0, float(loss(W)))
 
 

@@ -1,5 +1,7 @@
+# ruff: noqa: E731  (one line reads best as a lambda)
 """What these tests share: a quadratic, a ReLU network, and exact oracles."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -62,19 +64,26 @@ def max_in_diamond(slope, hessian, rho: float) -> float:
   return float(np.max(rho * np.abs(slope) + rho**2 * np.diag(hessian) / 2))
 
 
-def network(seed: int = 0):
+def network(seed: int = 0, widths: tuple[int, ...] = WIDTHS, dtype: Any = np.float32):
   """(params, batch) of a ReLU network with nonzero biases."""
-  keys = jax.random.split(jax.random.key(seed), 2 * len(WIDTHS))
+  # One draw of one length for all arrays, for each shape would be compiled.
+  rows, y = _draw(seed, 2 * len(widths), widths[-1])
+  rows = iter(np.asarray(rows))
+  take = lambda *shape: next(rows)[: np.prod(shape)].reshape(shape)
   params = [
-      {
-          "kernel": jax.random.normal(keys[2 * i], (a, b)) / np.sqrt(a),
-          "bias": 0.3 * jax.random.normal(keys[2 * i + 1], (b,)),
-      }
-      for i, (a, b) in enumerate(itertools.pairwise(WIDTHS))
+      {"kernel": take(a, b) / np.sqrt(a), "bias": 0.3 * take(b)}
+      for a, b in itertools.pairwise(widths)
   ]
-  x = jax.random.normal(keys[-2], (24, WIDTHS[0]))
-  y = jax.random.randint(keys[-1], (24,), 0, WIDTHS[-1])
+  params, x = jax.tree.map(
+      lambda leaf: jnp.asarray(leaf, dtype), (params, take(24, widths[0])))
   return params, (x, y)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(seed, arrays, classes):
+  keys = jax.random.split(jax.random.key(seed), arrays)
+  rows = jax.vmap(lambda key: jax.random.normal(key, (128,), jnp.float32))(keys)
+  return rows, jax.random.randint(keys[-1], (24,), 0, classes, jnp.int32)
 
 
 def predict(params, x):
@@ -98,10 +107,10 @@ def network_loss(batch):
 def rescaled(params, seed: int = 0, largest: float = 10.0):
   """Aw: every hidden node by its own factor in [1 / largest, largest]."""
   rng = np.random.default_rng(seed)
-  result = [dict(layer) for layer in params]
+  result = jax.tree.map(np.asarray, params)
   for before, after in itertools.pairwise(result):
     c = np.exp(rng.uniform(-1, 1, before["bias"].shape) * np.log(largest))
     before["kernel"] = before["kernel"] * c
     before["bias"] = before["bias"] * c
     after["kernel"] = after["kernel"] / c[:, None]
-  return jax.tree.map(lambda a, b: a.astype(b.dtype), result, list(params))
+  return jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), result, params)

@@ -54,9 +54,8 @@ def test_antithetic_pairs_cancel_a_slope():
 
 def test_small_rho_gives_the_trace():
   with problems.enable_x64(True):
-    params, (x, y) = cases.network(0)
-    params = jax.tree.map(lambda a: a.astype("float64"), params)
-    loss = cases.network_loss((x.astype("float64"), y))
+    params, batch = cases.network(0, dtype=np.float64)
+    loss = cases.network_loss(batch)
     rho = 1e-5  # below the distance to the nearest kink of the ReLUs
     mean, trace = jax.jit(lambda w: (
         sharpness.average_case(loss, w, rho, 0.0, samples=2000),

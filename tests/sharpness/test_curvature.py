@@ -16,11 +16,16 @@ from tests.sharpness import cases
 
 def dense(loss, params, eta, normalization):
   """T H T in float64, leaf by leaf from the oracle's T."""
-  flat, unravel = flatten_util.ravel_pytree(params)
-  hessian = np.asarray(jax.hessian(lambda x: loss(unravel(x)))(flat))
-  t = flatten_util.ravel_pytree(jax.tree.map(
-      lambda w: problems.oracle_factor(w, eta, normalization), params))[0]
-  return np.asarray(t)[:, None] * hessian * np.asarray(t)
+  unravel = flatten_util.ravel_pytree(params)[1]
+  hessian = np.asarray(jax.jit(jax.hessian(lambda x: loss(unravel(x))))(flat(params)))
+  t = flat(jax.tree.map(
+      lambda w: problems.oracle_factor(w, eta, normalization), params))
+  return t[:, None] * hessian * t
+
+
+def flat(tree):
+  """ravel_pytree in NumPy."""
+  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 @functools.cache
@@ -30,9 +35,7 @@ def dense_network(normalization, eta):
 
 
 def small_network():
-  params, batch = cases.network(0)
-  to_wide = lambda x: x.astype(jnp.float64)
-  return jax.tree.map(to_wide, params), (to_wide(batch[0]), batch[1])
+  return cases.network(0, dtype=np.float64)
 
 
 @pytest.mark.parametrize("normalization", ["none", "elementwise"])
@@ -43,8 +46,10 @@ def test_against_a_dense_hessian(normalization):
     matrix = dense_network(normalization, 0.05)
     expected, _ = np.linalg.eigh(matrix)
     options = {"normalization": normalization, "normalize": cases.every_leaf}
-    result = jax.jit(lambda params: sharpness.hessian_eigenvalues(
-        loss, params, 4, 0.05, steps=60, **options))(params)
+    result, trace = jax.jit(lambda params: (
+        sharpness.hessian_eigenvalues(loss, params, 4, 0.05, steps=60, **options),
+        sharpness.hessian_trace(loss, params, 0.05, samples=400, **options),
+    ))(params)
     np.testing.assert_allclose(result.values, expected[::-1][:4], rtol=1e-6)
     assert result.residuals.max() < 1e-3 * expected[-1]
 
@@ -52,14 +57,12 @@ def test_against_a_dense_hessian(normalization):
     t = jax.tree.map(
         lambda w: problems.oracle_factor(w, 0.05, normalization), params)
     for i in range(4):
-      v = flatten_util.ravel_pytree(jax.tree.map(
-          lambda e, t, i=i: e[i] / t, result.directions, t))[0]
+      v = flat(jax.tree.map(
+          lambda e, t, i=i: np.asarray(e)[i] / t, result.directions, t))
       np.testing.assert_allclose(np.linalg.norm(v), 1, rtol=1e-8)
       np.testing.assert_allclose(
           matrix @ v, result.values[i] * v, atol=1e-4 * expected[-1])
 
-    trace = jax.jit(lambda params: sharpness.hessian_trace(
-        loss, params, 0.05, samples=400, **options))(params)
     assert abs(trace.value - np.trace(matrix)) < 4 * trace.standard_error
     assert trace.standard_error < 0.2 * np.trace(matrix)
 
@@ -69,10 +72,18 @@ def test_residuals_tell_an_unconverged_value():
     params, batch = small_network()
     loss = cases.network_loss(batch)
     expected = np.linalg.eigvalsh(dense_network("none", 0.05))
-    result = sharpness.hessian_eigenvalues(
-        loss, params, steps=4, normalization="none")
+    result = jax.jit(lambda params: sharpness.hessian_eigenvalues(
+        loss, params, steps=4, normalization="none"))(params)
     nearest = np.min(np.abs(expected - result.values[0]))
     assert 1e-6 < nearest <= result.residuals[0] * (1 + 1e-9)
+
+
+# One program for all spectra.
+@jax.jit
+def leading_three(spectrum):
+  loss = lambda w: jnp.sum(spectrum * w**2) / 2
+  return sharpness.hessian_eigenvalues(
+      loss, jnp.ones(8), 3, steps=8, normalization="none").values
 
 
 @pytest.mark.parametrize("values", [
@@ -82,17 +93,14 @@ def test_residuals_tell_an_unconverged_value():
     [-1.0, -2.0, -3.0, -4.0, -4.0, -4.0, -4.0, -4.0],
 ])
 def test_krylov_space_that_ends_early(values):
-  hessian = jnp.array(values)
-  loss = lambda w: jnp.sum(hessian * w**2) / 2
-  result = sharpness.hessian_eigenvalues(
-      loss, jnp.ones(8), 3, steps=8, normalization="none")
   np.testing.assert_allclose(
-      result.values, np.sort(values)[::-1][:3], atol=1e-5)
+      leading_three(jnp.array(values)), np.sort(values)[::-1][:3], atol=1e-5)
 
 
 def test_zero_weights_have_no_curvature_in_the_adaptive_geometry():
   loss = lambda w: jnp.sum(jnp.array([1.0, 100.0, 4.0]) * w**2) / 2
-  result = sharpness.hessian_eigenvalues(loss, jnp.array([1.0, 0.0, 2.0]), 3, 0.0)
+  result = jax.jit(lambda w: sharpness.hessian_eigenvalues(loss, w, 3, 0.0))(
+      jnp.array([1.0, 0.0, 2.0]))
   np.testing.assert_allclose(result.values, [16, 1, 0], atol=1e-5)
   assert (result.directions[:2, 1] == 0).all()
 
@@ -101,44 +109,46 @@ def test_small_rho_limit_of_one_step_worst_case_and_eigenvalue():
   with problems.enable_x64(True):
     params, batch = small_network()
     loss = cases.network_loss(batch)
-    searched_at, single_at = (
-        jax.jit(lambda rho, m=m: sharpness.worst_case(
-            loss, params, rho, 0.0, method=m, steps=60, restarts=0).value)
-        for m in ("apgd", "one_step"))
     grads = jax.jit(jax.grad(loss))(params)
-    first_order = lambda rho: rho * np.linalg.norm(flatten_util.ravel_pytree(
-        jax.tree.map(lambda w, g: g * w, params_normalized(params), grads))[0])
+
+    def tilted(w, slope):  # the loss less a linear function
+      return loss(w) - sum(jax.tree.leaves(jax.tree.map(jnp.vdot, slope, w)))
+
+    @jax.jit
+    def at(rho, slope, w):
+      measures = (
+          sharpness.worst_case(lambda w: tilted(w, slope), w, rho, 0.0, **options)
+          for options in ({"steps": 200, "restarts": 2}, {"method": "one_step"}))
+      return [measure.value for measure in measures]
+
+    first_order = lambda rho: rho * np.linalg.norm(
+        flat(params_normalized(params)) * flat(grads))
     # At a point with a slope: all agree with rho ||T g|| to first order.
     errors = []
     for rho in (1e-2, 1e-3):
-      single, searched = single_at(rho), searched_at(rho)
+      searched, single = at(rho, jax.tree.map(np.zeros_like, params), params)
       np.testing.assert_allclose(searched, single, rtol=30 * rho)
       errors.append(abs(single / first_order(rho) - 1))
     assert errors[1] < 0.15 * errors[0]  # and the difference is of order rho
 
     # With the slope taken off: rho^2 lambda_1 / 2, for the search; the one step
     # cannot leave, for it has no gradient to follow.
-    flat_loss = lambda w: loss(w) - sum(
-        jnp.sum(g * x) for g, x in zip(
-            jax.tree.leaves(grads), jax.tree.leaves(w), strict=True))
-    top, found, single = jax.jit(lambda w: (
-        sharpness.hessian_eigenvalues(flat_loss, w, 1, 0.0, steps=60).values[0],
-        sharpness.worst_case(flat_loss, w, 1e-3, 0.0, steps=200, restarts=2).value,
-        sharpness.worst_case(flat_loss, w, 1e-3, 0.0, method="one_step").value,
-    ))(params)
+    found, single = at(1e-3, grads, params)
+    top = jax.jit(lambda w: sharpness.hessian_eigenvalues(
+        lambda w: tilted(w, grads), w, 1, 0.0, steps=60).values[0])(params)
     np.testing.assert_allclose(found, 1e-3**2 * top / 2, rtol=1e-2)
     assert abs(single) < 1e-10
 
 
 def params_normalized(params):
   """T of the default selection: |w| for kernels, 1 for biases."""
-  return [{"kernel": jnp.abs(layer["kernel"]), "bias": jnp.ones_like(layer["bias"])}
+  return [{"kernel": np.abs(layer["kernel"]), "bias": np.ones_like(layer["bias"])}
           for layer in params]
 
 
 def test_works_under_jit_in_half_precision():
   params, batch = cases.network(0)
-  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  half, _ = cases.network(0, dtype=jnp.bfloat16)
   run = jax.jit(lambda w: sharpness.hessian_eigenvalues(
       cases.network_loss(batch), w, 1, 0.05).values)
   np.testing.assert_allclose(run(half), run(params), rtol=0.15)

@@ -13,6 +13,8 @@ from asam_jax import sharpness
 from tests.sharpness import cases
 
 OPTIONS = {"rho": 0.3, "eta": 0.0, "steps": 5, "restarts": 1}
+M = 5  # of 24 examples: four whole batches, and four examples left over
+WIDTHS = (5, 4, 3)  # few leaves: each adds to the time to compile a search
 
 
 def network_loss(params, batch):
@@ -21,8 +23,8 @@ def network_loss(params, batch):
 
 @functools.cache
 def measured():
-  params, batch = cases.network(0)
-  measure = sharpness.m_sharpness(network_loss, 10, **OPTIONS)
+  params, batch = cases.network(0, WIDTHS)
+  measure = sharpness.m_sharpness(network_loss, M, **OPTIONS)
   return params, batch, measure(params, batch)
 
 
@@ -36,13 +38,13 @@ def test_is_the_weighted_mean_over_batches():
     return sharpness.worst_case(loss, params, key=key, **OPTIONS).value
 
   expected = []
-  for i, (start, stop) in enumerate([(0, 10), (10, 20), (20, 24)]):
-    part = jax.tree.map(lambda x, a=start, b=stop: x[a:b], batch)
+  for i, start in enumerate(range(0, 24, M)):
+    part = jax.tree.map(lambda x, a=start: np.asarray(x)[a : a + M], batch)
     expected.append(of_one(part, i))
   np.testing.assert_allclose(result.values, expected, rtol=1e-4)
-  np.testing.assert_array_equal(result.sizes, [10, 10, 4])
+  np.testing.assert_array_equal(result.sizes, [5, 5, 5, 5, 4])
   np.testing.assert_allclose(
-      result.value, np.average(expected, weights=[10, 10, 4]), rtol=1e-4)
+      result.value, np.average(expected, weights=[5, 5, 5, 5, 4]), rtol=1e-4)
 
 
 def test_standard_error_of_equal_batches():
@@ -73,24 +75,23 @@ def test_compiles_once_and_sees_one_batch_at_a_time():
 
 
 def test_devices_share_the_batches():
-  params, batch, _ = measured()
+  params, batch, single = measured()
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("d",))
-  shared = sharpness.m_sharpness(network_loss, 5, mesh=mesh, **OPTIONS)
-  single = sharpness.m_sharpness(network_loss, 5, **OPTIONS)
-  # Four whole batches in two rounds, and four examples left over.
-  a, b = shared(params, batch), single(params, batch)
-  np.testing.assert_allclose(a.values, b.values, rtol=1e-4)
-  np.testing.assert_array_equal(a.sizes, [5, 5, 5, 5, 4])
-  assert len(set(np.asarray(a.values).tolist())) == 5
+  # The whole batches in two rounds, and what is left over.
+  shared = sharpness.m_sharpness(network_loss, M, mesh=mesh, **OPTIONS)(params, batch)
+  np.testing.assert_allclose(shared.values, single.values, rtol=1e-4)
+  np.testing.assert_array_equal(shared.sizes, [5, 5, 5, 5, 4])
+  assert len(set(np.asarray(shared.values).tolist())) == 5
 
 
 def test_other_measures():
-  params, batch = cases.network(0)
+  params, batch = cases.network(0, WIDTHS)
   for measure in (sharpness.average_case, sharpness.hessian_trace):
     result = sharpness.m_sharpness(network_loss, 24, measure=measure, samples=4)(
         params, batch, jax.random.key(3))
-    expected = measure(cases.network_loss(batch), params, samples=4,
-                       key=jax.random.fold_in(jax.random.key(3), 0)).value
+    key = jax.random.fold_in(jax.random.key(3), 0)
+    expected = jax.jit(lambda w, key, measure=measure: measure(
+        cases.network_loss(batch), w, samples=4, key=key).value)(params, key)
     np.testing.assert_allclose(result.value, expected, rtol=1e-4)
 
 
@@ -120,11 +121,12 @@ def test_normalized_logits():
   expected = np.mean(np.log(np.exp(z).sum(1)) - z[np.arange(6), y])
   batch = (jnp.array(x, jnp.float32), jnp.array(y))
   w = jnp.array(w, jnp.float32)
-  np.testing.assert_allclose(loss(w, batch), expected, rtol=1e-5)
+  value_and_grad = jax.jit(jax.value_and_grad(loss))
+  value, slope = value_and_grad(w, batch)
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
   # Confidence is out of the measure: the gradient is orthogonal to w.
-  slope = jax.grad(loss)(w, batch)
-  np.testing.assert_allclose(jnp.sum(slope * w), 0, atol=1e-6)
-  assert np.isfinite(jax.grad(loss)(jnp.zeros((4, 3)), batch)).all()
+  np.testing.assert_allclose(np.vdot(slope, w), 0, atol=1e-6)
+  assert np.isfinite(value_and_grad(jnp.zeros((4, 3)), batch)[1]).all()
 
 
 @pytest.mark.parametrize(
