@@ -84,7 +84,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   ascent.add_argument("--rhos-asam", type=positive, nargs="+", metavar="RHO",
                       default=[0.5, 1.0, 2.0, 4.0], help="ASAM's; one value is taken"
                       " as it is, without a sweep")
-  ascent.add_argument("--sweep-seeds", type=count, default=2,
+  ascent.add_argument("--sweep-seeds", type=count, default=1,
                       help="runs for each radius of the sweep")
   ascent.add_argument("--validation", type=number(float, 0.01, 0.9), default=0.25,
                       help="fraction of the training half that the sweep holds out")
