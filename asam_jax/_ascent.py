@@ -217,19 +217,19 @@ def _sharpness_and_ratio(
   lowest = 2.0 ** (-7 * exponent // 8)
 
   def try_scale(carry):
-    scale = carry[2]
+    scale = carry[0][2]
     total = _sum_of_squares(leaves, scale)
     better = jnp.where(total < lowest, big, jnp.where(jnp.isinf(total), small, 1))
     too_big = (scale == big) & ~jnp.isfinite(total)
     again = jnp.where(scale == 1, better != 1, too_big)
     other = jnp.where(scale == 1, better, 0.5).astype(dtype)
-    results = _finished(rho, total, scale)
-    return *results, jnp.where(again, other, scale), again
+    next_scale = jnp.where(again, other, scale)
+    # In one array: one small kernel in place of three.
+    return jnp.stack([*_finished(rho, total, scale), next_scale]), again
 
-  zero = jnp.zeros((), dtype)
-  start = (zero, zero, jnp.ones((), dtype), jnp.array(True))
-  sharpness, ratio, scale, _ = lax.while_loop(
-      lambda carry: carry[3], try_scale, vary_as(start, (leaves, rho))
+  start = (jnp.array([0, 0, 1], dtype), jnp.array(True))
+  (sharpness, ratio, scale), _ = lax.while_loop(
+      lambda carry: carry[1], try_scale, vary_as(start, (leaves, rho))
   )
   return sharpness, ratio, scale
 
