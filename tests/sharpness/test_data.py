@@ -14,7 +14,6 @@ from tests.sharpness import cases
 
 OPTIONS = {"rho": 0.3, "eta": 0.0, "steps": 5, "restarts": 1}
 M = 5  # of 24 examples: four whole batches, and four examples left over
-WIDTHS = (5, 4, 3)  # few leaves: each adds to the time to compile a search
 
 
 def network_loss(params, batch):
@@ -23,7 +22,7 @@ def network_loss(params, batch):
 
 @functools.cache
 def measured():
-  params, batch = cases.network(0, WIDTHS)
+  params, batch = cases.network(0)
   measure = sharpness.m_sharpness(network_loss, M, **OPTIONS)
   return params, batch, measure(params, batch)
 
@@ -85,7 +84,7 @@ def test_devices_share_the_batches():
 
 
 def test_other_measures():
-  params, batch = cases.network(0, WIDTHS)
+  params, batch = cases.network(0)
   for measure in (sharpness.average_case, sharpness.hessian_trace):
     result = sharpness.m_sharpness(network_loss, 24, measure=measure, samples=4)(
         params, batch, jax.random.key(3))
