@@ -1,6 +1,7 @@
 """The ascent: from a gradient to the perturbation. The only home of the formula."""
 
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -168,22 +169,28 @@ def perturbation(
   leaves = Leaves.build([rules[i] for i in chosen], [gs[i] for i in chosen], eta, dtype)
   rho = jnp.asarray(rho, dtype)
 
-  if not chosen:
-    epsilons, sharpness = [], jnp.zeros((), dtype)
-  elif p == 1:
-    epsilons, sharpness = _largest_coordinate(leaves, rho)
-  elif p == 2:
-    epsilons, sharpness = _euclidean(leaves, rho)
-  elif math.isinf(p):
-    epsilons = leaves.map(lambda w, g, t: rho * t * _sign(g))
-    sharpness = rho * _total(leaves.map(lambda w, g, t: jnp.abs(t * g)))
+  if chosen:
+    epsilons, sharpness = _closed_form(leaves, rho, p)
   else:
-    epsilons, sharpness = _general(leaves, rho, p / (p - 1))
+    epsilons, sharpness = [], jnp.zeros((), dtype)
 
   result = [jnp.zeros_like(w) for w in ws]
   for i, epsilon in zip(chosen, epsilons, strict=True):
     result[i] = epsilon.astype(result[i].dtype)
   return jtu.tree_unflatten(treedef, result), sharpness
+
+
+@functools.partial(jax.jit, static_argnames="p", inline=True)
+def _closed_form(leaves: Leaves, rho: jax.Array, p: float):
+  # Compiled once for whoever does not compile the step; inlined for who does.
+  if p == 1:
+    return _largest_coordinate(leaves, rho)
+  if p == 2:
+    return _euclidean(leaves, rho)
+  if math.isinf(p):
+    epsilons = leaves.map(lambda w, g, t: rho * t * _sign(g))
+    return epsilons, rho * _total(leaves.map(lambda w, g, t: jnp.abs(t * g)))
+  return _general(leaves, rho, p / (p - 1))
 
 
 def _euclidean(leaves: Leaves, rho: jax.Array):

@@ -1,5 +1,7 @@
 """What a step costs, read from the compiled step: FLOPs, memory, compilations."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -57,6 +59,21 @@ def test_second_step_does_not_compile(method):
   for i in range(3):
     params, state, _ = counted(params, state, jnp.full(4, i + 1.0))
   assert len(traces) == 1
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, math.inf])
+def test_second_update_does_not_compile_without_jit(p, caplog):
+  # An operator of its own: no other test has compiled it.
+  operator = lambda w, eta: jnp.abs(w) + eta  # noqa: E731
+  tx = asam_jax.ascent(0.5, 0.01, p, normalization=operator)
+  params = {"w": jnp.arange(4.0), "bias": jnp.ones(2)}
+  state = tx.init(params)
+  with jax.log_compiles():
+    _, state = tx.update(params, state, params)
+    assert "Compiling" in caplog.text
+    caplog.clear()
+    tx.update(params, state, params)
+  assert "Compiling" not in caplog.text
 
 
 @pytest.mark.parametrize("leaves", [5, 500])

@@ -94,6 +94,25 @@ def test_other_measures():
     np.testing.assert_allclose(result.value, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("devices", [None, 2])
+def test_each_batch_draws_from_its_own_key(devices):
+  # Searches for the worst case end at one value for any key; averages do not.
+  mesh = devices and jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("d",))
+  loss = lambda w, x: jnp.mean((x @ w) ** 2)
+  w, data = jnp.array([1.0, -2.0]), jnp.arange(1.0, 11).reshape(5, 2)
+  key = jax.random.key(3)
+  options = {"measure": sharpness.average_case, "samples": 4, "mesh": mesh}
+  result = sharpness.m_sharpness(loss, 2, **options)(w, data, key)
+  for i, part in enumerate([data[:2], data[2:4], data[4:]]):
+    own, other = (
+        sharpness.average_case(
+            lambda w, part=part: loss(w, part), w, samples=4,
+            key=jax.random.fold_in(key, k)).value
+        for k in (i, i + 1))
+    np.testing.assert_allclose(result.values[i], own, rtol=1e-5)
+    assert abs(own - other) > 1e-2 * abs(own)
+
+
 def test_progress_bar(capsys):
   measure = sharpness.m_sharpness(
       lambda w, x: jnp.mean(x) * w, 1, method="one_step", progress=True)
