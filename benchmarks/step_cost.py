@@ -41,6 +41,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   add("--width", type=int, default=16, help="of the ResNet's first stage")
   add("--repeats", type=int, default=31, help="rounds, each measures every method")
   add("--sample-seconds", type=float, default=0.03, help="of one sample of a step")
+  known = list(steps.steps(lambda params, batch: 0.0))
+  add("--methods", nargs="+", choices=known, default=[], help="default: all steps")
+  add("--against", choices=known, help="a step to compare the others with as well")
   add("--output", type=pathlib.Path, default=OUTPUT, help="JSON lines, overwritten")
   options = parser.parse_args(arguments)
   if options.repeats < 1:
@@ -89,6 +92,7 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
       "ms",
       "FLOPs / plain",
       "temporary bytes",
+      *([f"time / {first['against']}", "error"] if "against" in first else []),
   ]
   body = [
       [
@@ -98,6 +102,11 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
           f"{1e3 * row['seconds'][1]:.3f}",
           f"{row['flops_ratio']:.4f}",
           f"{row['temporary_bytes']:,}",
+          *(
+              [timing.show(row["ratio_against"], 4), f"{row['error_against']:.4f}"]
+              if "against" in row
+              else []
+          ),
       ]
       for row in rows
   ]
@@ -120,7 +129,13 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     else:
       extra = {"width": options.width} if part == "resnet" else {}
       rows = steps.measure(
-          part, options.batch_size, options.repeats, options.sample_seconds, **extra
+          part,
+          options.batch_size,
+          options.repeats,
+          options.sample_seconds,
+          options.methods,
+          options.against,
+          **extra,
       )
       print(f"\n{step_table(rows)}", flush=True)
       results += rows

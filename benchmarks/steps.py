@@ -1,6 +1,6 @@
 """A whole training step: the library's, written by hand, and Optax's SAM."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -124,8 +124,25 @@ def compile_step(step: Step, params: Any, batch: Any) -> Any:
   return jax.jit(step.step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
 
 
+def chosen_steps(
+    every: dict[str, Step], names: Sequence[str], against: str | None
+) -> dict[str, Step]:
+  """The named steps with those that they are compared with, by default all."""
+  if not names:
+    return every
+  named = [*names, *filter(None, [against])]
+  needed = {"plain SGD", *named, *(every[name].by_hand for name in named)}
+  return {name: step for name, step in every.items() if name in needed}
+
+
 def measure(
-    network: str, batch_size: int, repeats: int, sample_seconds: float, **options: Any
+    network: str,
+    batch_size: int,
+    repeats: int,
+    sample_seconds: float,
+    names: Sequence[str] = (),
+    against: str | None = None,
+    **options: Any,
 ) -> list[dict[str, Any]]:
   """Times every step on one network, in one run.
 
@@ -134,16 +151,20 @@ def measure(
     batch_size: the number of examples in a batch.
     repeats: the number of rounds.
     sample_seconds: about how long one sample runs: it is as many steps as fit.
+    names: the steps to time beside those that they are compared with; by default
+      all. With fewer, more rounds fit into the same time.
+    against: a step with which all the others are compared as well.
     **options: of the network.
 
   Returns:
     A row for each step: quartiles of the time over the plain step's and over the
     hand-written one's (the hand-written SAM's for SAM), and in seconds; compiled
-    FLOPs over the plain step's; temporary bytes.
+    FLOPs over the plain step's; temporary bytes; with ``against`` quartiles of the
+    time over that step's, and the standard error of their median.
   """
   problem = networks.problem(network, batch_size, **options)
   start = jax.jit(problem.init)()
-  methods = steps(problem.loss)
+  methods = chosen_steps(steps(problem.loss), names, against)
   executables = {
       name: compile_step(step, start, problem.batch)
       for name, step in methods.items()
@@ -194,4 +215,11 @@ def measure(
         "flops_ratio": costs[name]["flops"] / costs["plain SGD"]["flops"],
         "temporary_bytes": costs[name]["temporary_bytes"],
     })
+    if against is not None:
+      ratio = times[name] / times[against]
+      rows[-1] |= {
+          "against": against,
+          "ratio_against": timing.quartiles(ratio),
+          "error_against": timing.median_error(ratio),
+      }
   return rows

@@ -54,6 +54,13 @@ def quartiles(values: np.ndarray) -> list[float]:
   return np.quantile(values, [0.25, 0.5, 0.75]).tolist()
 
 
+def median_error(values: np.ndarray, resamples: int = 500, seed: int = 0) -> float:
+  """The standard error of the median, by the bootstrap."""
+  rng = np.random.default_rng(seed)
+  medians = [np.median(rng.choice(values, len(values))) for _ in range(resamples)]
+  return float(np.std(medians))
+
+
 def show(three: list[float], digits: int = 2) -> str:
   """Quartiles as ``median [q1, q3]``."""
   low, median, high = three

@@ -40,6 +40,30 @@ def test_main_writes_a_row_for_each_method(tmp_path, capsys, monkeypatch):
   assert plain["ratio"] == [1, 1, 1]
 
 
+def test_some_steps_against_one(tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(networks.NETWORKS, "mlp", (lambda: nn.Dense(10), (3,)))
+  opaque = "optax.contrib.sam, opaque"
+  rows = step_cost.main([
+      *("--parts", "mlp", "--methods", "adaptive_sam", "--against", opaque),
+      *("--repeats", "3", "--batch-size", "2", "--sample-seconds", "0.0001"),
+      *("--output", str(tmp_path / "rows.jsonl")),
+  ])
+  by_name = {row["method"]: row for row in rows}
+  by_hand = {"ASAM by hand", "SAM by hand"}
+  assert set(by_name) == {"plain SGD", "adaptive_sam", opaque, *by_hand}
+  assert by_name[opaque]["ratio_against"] == [1, 1, 1]
+  assert by_name[opaque]["error_against"] == 0
+  assert by_name["adaptive_sam"]["error_against"] > 0
+  assert f"time / {opaque} | error |" in capsys.readouterr().out
+
+
+def test_error_of_the_median():
+  # Of n normal numbers it is sqrt(pi / 2 / n).
+  values = np.random.default_rng(0).normal(size=4000)
+  expected = np.sqrt(np.pi / 2 / 4000)
+  assert timing.median_error(values) == pytest.approx(expected, rel=0.15)
+
+
 def test_each_perturbation_is_the_equation():
   rng = np.random.default_rng(0)
   ws, gs = rng.normal(size=(2, 3, 4, 5))
@@ -125,7 +149,12 @@ def test_too_few_parameters_for_the_leaves():
     perturbation.shapes(3, 5)
 
 
-def test_no_round(capsys):
+@pytest.mark.parametrize(
+    "bad", [["--repeats", "0"], ["--against", "asam"], ["--methods", "sam", "asam"]]
+)
+def test_bad_options(bad, capsys):
   with pytest.raises(SystemExit):
-    step_cost.parse(["--repeats", "0"])
-  assert "--repeats 0" in capsys.readouterr().err
+    step_cost.parse(bad)
+  error = capsys.readouterr().err
+  assert bad[-1] in error
+  assert "--repeats 0" in error or "adaptive_sam" in error
