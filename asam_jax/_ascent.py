@@ -182,7 +182,8 @@ def perturbation(
 
 @functools.partial(jax.jit, static_argnames="p", inline=True)
 def _closed_form(leaves: Leaves, rho: jax.Array, p: float):
-  # Compiled once for whoever does not compile the step; inlined for who does.
+  # In a step without jit this compiles once; else the loop of p = 2 would compile at
+  # every call. In a compiled step it is inlined, and changes nothing.
   if p == 1:
     return _largest_coordinate(leaves, rho)
   if p == 2:
