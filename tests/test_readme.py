@@ -119,22 +119,35 @@ def test_quickstart_table_is_that_of_the_results():
 
 def test_cost_table_is_that_of_the_results():
   folder = Path(__file__).parent.parent / "results/benchmarks"
+  text = README.replace("\n", " ")
+
+  def rows_of(name):
+    _, *lines = (folder / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
   columns = ("ASAM by hand", "adaptive_sam", "value_and_grad", "sam")
   modes = ("optax.contrib.sam, opaque", "optax.contrib.sam, transparent")
   for name, label in (("mlp", "MLP"), ("resnet", "ResNet-8")):
-    _, *rows = map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
-    times = {row["method"]: timing.show(row["ratio"]) for row in rows}
+    times = {row["method"]: timing.show(row["ratio"]) for row in rows_of(name)}
     cells = [*(times[key] for key in columns), " / ".join(times[key] for key in modes)]
     line = next(line for line in README.splitlines() if line.startswith(f"| {label}, "))
     assert line.endswith(" | " + " | ".join(cells) + " |")
-    by_hand = {row["method"]: row["ratio_to_by_hand"][1] for row in rows}
+  for name in ("mlp", "resnet_against_opaque"):
+    by_hand = {row["method"]: row["ratio_to_by_hand"][1] for row in rows_of(name)}
     for method in ("adaptive_sam", "value_and_grad"):
-      assert f"{by_hand[method]:.3f}" in README
-  _, *rows = map(json.loads, (folder / "perturbation.jsonl").read_text().splitlines())
-  ours = [row["ratio"] for row in rows if row["method"] == "asam_jax.ascent"]
+      assert f"{by_hand[method]:.3f}" in text
+  for row in rows_of("resnet_against_opaque"):
+    if row["method"] in columns:
+      assert row["against"] == "optax.contrib.sam, opaque"
+      assert f"{row['ratio_against'][1]:.3f} ± {row['error_against']:.3f}" in text
+  ours = [
+      row["ratio"]
+      for row in rows_of("perturbation")
+      if row["method"] == "asam_jax.ascent"
+  ]
   assert len(ours) == 2
   for ratio in ours:
-    assert timing.show(ratio) in README.replace("\n", " ")
+    assert timing.show(ratio) in text
 
 
 def test_frontier_table_is_that_of_the_results():
