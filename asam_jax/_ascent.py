@@ -1,7 +1,6 @@
 """The ascent: from a gradient to the perturbation. The only home of the formula."""
 
 from collections.abc import Sequence
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -170,7 +169,12 @@ def perturbation(
   rho = jnp.asarray(rho, dtype)
 
   if chosen:
-    epsilons, sharpness = _closed_form(leaves, rho, p)
+    # Without jit around the step, the loop of p = 2 would compile at every call. In a
+    # compiled step this is inlined, and changes nothing. Operators of the user's own
+    # stay out: a compiled one would not see that what it reads has changed.
+    ours = all(map(_n.is_built_in, leaves.operators))
+    closed_form = _compiled_closed_form if ours else _closed_form
+    epsilons, sharpness = closed_form(leaves, rho, p)
   else:
     epsilons, sharpness = [], jnp.zeros((), dtype)
 
@@ -180,10 +184,7 @@ def perturbation(
   return jtu.tree_unflatten(treedef, result), sharpness
 
 
-@functools.partial(jax.jit, static_argnames="p", inline=True)
 def _closed_form(leaves: Leaves, rho: jax.Array, p: float):
-  # In a step without jit this compiles once; else the loop of p = 2 would compile at
-  # every call. In a compiled step it is inlined, and changes nothing.
   if p == 1:
     return _largest_coordinate(leaves, rho)
   if p == 2:
@@ -192,6 +193,9 @@ def _closed_form(leaves: Leaves, rho: jax.Array, p: float):
     epsilons = leaves.map(lambda w, g, t: rho * t * _sign(g))
     return epsilons, rho * _total(leaves.map(lambda w, g, t: jnp.abs(t * g)))
   return _general(leaves, rho, p / (p - 1))
+
+
+_compiled_closed_form = jax.jit(_closed_form, static_argnames="p", inline=True)
 
 
 def _euclidean(leaves: Leaves, rho: jax.Array):

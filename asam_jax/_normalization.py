@@ -139,6 +139,11 @@ def resolve_operator(normalization: Normalization) -> Operator:
   )
 
 
+def is_built_in(operator: Operator) -> bool:
+  """Whether it is an operator that has a name here."""
+  return any(operator is known for known in _OPERATORS.values())
+
+
 def _last_name(path: Any) -> str:
   """A leaf's own name, without the wrappers that NNX puts behind it."""
   for key in reversed(path):

@@ -1,7 +1,9 @@
 """The perturbation against the equations, and what makes it the right one."""
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import chex
 import jax
@@ -143,6 +145,26 @@ def test_own_operator(p):
   t = np.broadcast_to([4.0, 5.0], (2, 2))
   (expected,), _ = problems.oracle_perturbation([np.ones((2, 2))], [t], 0.5, p)
   np.testing.assert_allclose(epsilon["w"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, math.inf])
+def test_own_operator_is_called_at_every_update_without_jit(p):
+  @dataclasses.dataclass
+  class Scaled:
+    factor: Any
+
+    def __call__(self, w, eta):
+      return self.factor * jnp.abs(w) + eta
+
+  w, g = jnp.array([1.0, 2.0]), jnp.array([1.0, 1.5])
+  operator = Scaled(jnp.array([1.0, 1.0]))
+  for own in (operator, operator, Scaled(jnp.array([1.0, 5.0]))):
+    operator.factor = operator.factor * 3
+    tx = asam_jax.ascent(0.5, 0.0, p, normalization=own)
+    epsilon, _ = tx.update(g, tx.init(w), w)
+    t = np.asarray(own.factor) * w
+    (expected,), _ = problems.oracle_perturbation([g], [t], 0.5, p)
+    np.testing.assert_allclose(epsilon, expected, rtol=1e-5)
 
 
 def test_own_operator_must_broadcast():

@@ -150,11 +150,14 @@ def test_too_few_parameters_for_the_leaves():
 
 
 @pytest.mark.parametrize(
-    "bad", [["--repeats", "0"], ["--against", "asam"], ["--methods", "sam", "asam"]]
+    ("bad", "message"),
+    [
+        (["--repeats", "0"], "--repeats 0: at least one round"),
+        (["--against", "asam"], "argument --against: invalid choice: 'asam'"),
+        (["--methods", "sam", "asam"], "argument --methods: invalid choice: 'asam'"),
+    ],
 )
-def test_bad_options(bad, capsys):
+def test_bad_options(bad, message, capsys):
   with pytest.raises(SystemExit):
     step_cost.parse(bad)
-  error = capsys.readouterr().err
-  assert bad[-1] in error
-  assert "--repeats 0" in error or "adaptive_sam" in error
+  assert message in capsys.readouterr().err

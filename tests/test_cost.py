@@ -63,10 +63,9 @@ def test_second_step_does_not_compile(method):
 
 @pytest.mark.parametrize("p", [1, 2, 3, math.inf])
 def test_second_update_does_not_compile_without_jit(p, caplog):
-  # An operator of its own: no other test has compiled it.
-  operator = lambda w, eta: jnp.abs(w) + eta  # noqa: E731
-  tx = asam_jax.ascent(0.5, 0.01, p, normalization=operator)
-  params = {"w": jnp.arange(4.0), "bias": jnp.ones(2)}
+  tx = asam_jax.ascent(0.5, 0.01, p)
+  # A shape of its own: no other test has compiled it.
+  params = {"w": jnp.arange(21.0).reshape(7, 1, 3), "bias": jnp.ones(11)}
   state = tx.init(params)
   with jax.log_compiles():
     _, state = tx.update(params, state, params)
