@@ -10,8 +10,8 @@ from jax import tree_util as jtu
 import jax.numpy as jnp
 import optax
 
-from asam_jax import _checks
-from asam_jax import _normalization as _n
+from asam_jax import _arguments
+from asam_jax import _geometry as _g
 from asam_jax._leaves import Leaves
 from asam_jax._varying import vary_as
 
@@ -34,9 +34,9 @@ def ascent(
     eta: optax.ScalarOrSchedule = 0.01,
     p: float = 2,
     *,
-    normalization: _n.Normalization = "elementwise",
-    normalize: _n.LeafSelection | None = None,
-    perturb: _n.LeafSelection | None = None,
+    normalization: _g.Normalization = "elementwise",
+    normalize: _g.LeafSelection | None = None,
+    perturb: _g.LeafSelection | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The perturbation of ASAM as a link: gradient in, perturbation out.
 
@@ -105,23 +105,13 @@ def ascent(
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
-  _checks.scalar("rho", rho)
-  _checks.scalar("eta", eta)
-  _checks.exponent(p)
-  _n.resolve_operator(normalization)
-
-  def rules_of(params: optax.Params) -> list[_n.LeafRule]:
-    _checks.whole(params)
-    rules = _n.leaf_rules(params, normalization, normalize, perturb)
-    for rule in rules:
-      if rule.perturbed:
-        _checks.real(rule)
-    return rules
+  rho = _arguments.scalar_or_schedule("rho", rho)
+  geometry = _g.Geometry(eta, p, normalization, normalize, perturb)
 
   def init_fn(params: optax.Params) -> AscentState:
     return AscentState(
         count=jnp.zeros((), jnp.int32),
-        sharpness=jnp.zeros((), sum_dtype(rules_of(params))),
+        sharpness=jnp.zeros((), _g.sum_dtype(geometry.rules(params))),
     )
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -134,10 +124,8 @@ def ascent(
     epsilon, sharpness = perturbation(
         updates,
         params,
-        rules_of(params),
+        geometry.at(state.count),
         rho(state.count) if callable(rho) else rho,
-        eta(state.count) if callable(eta) else eta,
-        p,
     )
     count = jnp.asarray(optax.safe_increment(state.count))
     return epsilon, AscentState(count, sharpness.astype(state.sharpness.dtype))
@@ -148,33 +136,27 @@ def ascent(
 def perturbation(
     grads: optax.Updates,
     params: optax.Params,
-    rules: Sequence[_n.LeafRule],
+    geometry: _g.Geometry,
     rho: Any,
-    eta: Any,
-    p: float,
 ) -> tuple[optax.Updates, jax.Array]:
   """The closed form: (epsilon, rho ||T_w g||_q)."""
+  rules = geometry.rules(params)
+  _arguments.tree_like("the gradient", grads, params)
   treedef = jtu.tree_structure(params)
-  if jtu.tree_structure(grads) != treedef:
-    raise TypeError(
-        f"the gradient has the structure {jtu.tree_structure(grads)}, but params"
-        f" have {treedef}; pass the gradient with respect to these params."
-    )
   ws, gs = jtu.tree_leaves(params), jtu.tree_leaves(grads)
   chosen = [i for i, rule in enumerate(rules) if rule.perturbed and jnp.size(ws[i])]
-  for i in chosen:
-    _checks.gradient(rules[i], gs[i])
-  dtype = sum_dtype(rules)
-  leaves = Leaves.build([rules[i] for i in chosen], [gs[i] for i in chosen], eta, dtype)
+  dtype = _g.sum_dtype(rules)
+  leaves = Leaves.build([rules[i] for i in chosen], [gs[i] for i in chosen],
+                        geometry.eta, dtype)
   rho = jnp.asarray(rho, dtype)
 
   if chosen:
     # Without jit around the step, the loop of p = 2 would compile at every call. In a
     # compiled step this is inlined, and changes nothing. Operators of the user's own
     # stay out: a compiled one would not see that what it reads has changed.
-    ours = all(map(_n.is_built_in, leaves.operators))
+    ours = all(map(_g.built_in, leaves.operators))
     closed_form = _compiled_closed_form if ours else _closed_form
-    epsilons, sharpness = closed_form(leaves, rho, p)
+    epsilons, sharpness = closed_form(leaves, rho, geometry.p)
   else:
     epsilons, sharpness = [], jnp.zeros((), dtype)
 
@@ -320,9 +302,3 @@ def _total(leaves: Sequence[jax.Array]) -> jax.Array:
 def _sign(g: jax.Array) -> jax.Array:
   """sign(g), but NaN for an infinite gradient, which has no direction."""
   return jnp.where(jnp.isinf(g), jnp.nan, jnp.sign(g))
-
-
-def sum_dtype(rules: Sequence[_n.LeafRule]) -> Any:
-  """Float32, or float64 if a perturbed leaf is."""
-  dtypes = [_checks.dtype_of(rule.leaf) for rule in rules if rule.perturbed]
-  return jnp.result_type(jnp.float32, *dtypes)

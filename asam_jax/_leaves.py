@@ -12,7 +12,7 @@ from jax import tree_util as jtu
 import jax.numpy as jnp
 import numpy as np
 
-from asam_jax import _normalization as _n
+from asam_jax import _geometry as _g
 
 
 @functools.partial(
@@ -33,7 +33,7 @@ class Leaves:
   gs: list[jax.Array]
   kept: list[jax.Array | None]
   eta: jax.Array
-  operators: tuple[_n.Operator, ...]
+  operators: tuple[_g.Operator, ...]
 
   @classmethod
   def build(cls, rules, gs, eta, dtype) -> "Leaves":
@@ -45,7 +45,7 @@ class Leaves:
     kept = []
     for rule, w in zip(rules, ws, strict=True):
       smaller = _factor_size(rule, w, eta) < w.size
-      keep = smaller and rule.operator is not _n.none  # XLA drops a factor of 1
+      keep = smaller and rule.operator is not _g.none  # XLA drops a factor of 1
       kept.append(jnp.asarray(rule.operator(w, eta), dtype) if keep else None)
     return cls(ws, gs, kept, eta, tuple(rule.operator for rule in rules))
 
@@ -88,16 +88,16 @@ def _barrier_jvp(primals, tangents):
   return _barrier(*primals), tangents[0]
 
 
-def _factor(operator: _n.Operator, w: jax.Array, eta: jax.Array, kept: Any, scale: Any):
+def _factor(operator: _g.Operator, w: jax.Array, eta: jax.Array, kept: Any, scale: Any):
   """T, or scale T such that the scale takes no operation per weight, where it can."""
   if scale is None:
     return operator(w, eta) if kept is None else kept
-  if operator is _n.elementwise:
+  if operator is _g.elementwise:
     return jnp.abs(w) * scale + eta * scale  # one multiply-add for one addition
   return (operator(w, eta) if kept is None else kept) * scale
 
 
-def _factor_size(rule: _n.LeafRule, w: jax.Array, eta: jax.Array) -> int:
+def _factor_size(rule: _g.LeafRule, w: jax.Array, eta: jax.Array) -> int:
   """The number of entries of T for one leaf, checked to broadcast to it."""
   shape = jax.eval_shape(rule.operator, w, eta).shape
   try:

@@ -1,0 +1,278 @@
+"""The one place that checks arguments; each error names argument, value and remedy.
+
+A check returns the argument, so that it can stand where the argument is used.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax import tree_util as jtu
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from asam_jax._trees import dtype_of
+from asam_jax._trees import is_float
+
+
+def scalar(
+    argument: str, value: Any, low: float = 0, high: float = math.inf
+) -> Any:
+  """Raises unless it is one real number in [low, high), or a traced one."""
+  number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+  array = isinstance(value, (jax.Array, np.ndarray)) and jnp.ndim(value) == 0
+  real = (number or array) and (
+      is_float(value) or jnp.issubdtype(dtype_of(value), jnp.integer)
+  )
+  if not real:
+    raise TypeError(f"{argument}={_shown(value)} must be one real number.")
+  if is_concrete(value) and not low <= float(value) < high:
+    above = f" and < {high}" if high < math.inf else ""
+    raise ValueError(
+        f"{argument}={_shown(value)} must be a finite number >= {low}{above}."
+    )
+  return value
+
+
+def scalar_or_schedule(argument: str, value: Any, low: float = 0) -> Any:
+  """Raises unless it is such a number or a schedule, whose results are checked too."""
+  if not callable(value):
+    return scalar(argument, value, low)
+
+  def checked(count):
+    return scalar(f"{argument}({count})", value(count), low)
+
+  return checked
+
+
+def exponent(p: Any) -> float:
+  """Raises unless p is a number in [1, inf]."""
+  if isinstance(p, (bool, complex)) or not isinstance(p, (int, float, np.number)):
+    raise TypeError(
+        f"p={_shown(p)} must be a Python number, because it decides what is compiled;"
+        ' under optax.inject_hyperparams pass static_args=("p",).'
+    )
+  if not float(p) >= 1:
+    raise ValueError(f"p={p!r} must be in [1, inf]; use float('inf') for inf.")
+  return p
+
+
+def count(argument: str, value: Any, least: int = 1) -> int:
+  """Raises unless it is an int of at least ``least``."""
+  if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    raise TypeError(f"{argument}={_shown(value)} must be an int >= {least}.")
+  if value < least:
+    raise ValueError(f"{argument}={value!r} must be an int >= {least}.")
+  return int(value)
+
+
+def function(argument: str, value: Any, form: str) -> Any:
+  """Raises unless it can be called; ``form`` says how it will be."""
+  if not callable(value):
+    raise TypeError(f"{argument}={_shown(value)} must be a function {form}.")
+  return value
+
+
+def transformation(
+    argument: str, value: Any, example: str
+) -> optax.GradientTransformationExtraArgs:
+  """Raises unless it is an Optax transformation; the one returned takes extra args."""
+  if not (callable(getattr(value, "init", None))
+          and callable(getattr(value, "update", None))):
+    raise TypeError(
+        f"{argument}={_shown(value)} must be an optax.GradientTransformation, such as"
+        f" {example}."
+    )
+  return optax.with_extra_args_support(value)
+
+
+def tree_like(argument: str, tree: Any, like: Any, name: str = "params") -> Any:
+  """Raises unless the tree has real arrays of the structure and shapes of another."""
+  given, wanted = jtu.tree_structure(tree), jtu.tree_structure(like)
+  if given != wanted:
+    raise TypeError(
+        f"{argument} has the structure {given}, but {name} have {wanted}; give one"
+        f" array for each leaf of {name}."
+    )
+  for (path, x), w in zip(
+      jtu.tree_leaves_with_path(tree), jtu.tree_leaves(like), strict=True
+  ):
+    if isinstance(x, str) or jnp.shape(x) != jnp.shape(w) or not (
+        is_float(x) or not is_float(w)
+    ):
+      raise TypeError(
+          f"{argument}{jtu.keystr(path)} has {_kind(x)}, but {name} have {_kind(w)}"
+          f" there; give real arrays of the shapes of {name}."
+      )
+  return tree
+
+
+def selection(argument: str, chosen: Any, params: optax.Params) -> list[bool]:
+  """One bool per leaf of params, from a predicate or a pytree of bools."""
+  if chosen is None:
+    chosen = is_not_bias if argument == "normalize" else every_leaf
+  paths_and_leaves, treedef = jtu.tree_flatten_with_path(params)
+  # An Equinox module of bools is callable too, so its leaves decide.
+  bools = jtu.tree_leaves(chosen)
+  if callable(chosen) and not all(isinstance(x, bool) for x in bools):
+    bools = [chosen(path, leaf) for path, leaf in paths_and_leaves]
+  elif jtu.tree_structure(chosen) != treedef:
+    raise ValueError(
+        f"{argument} has the structure {jtu.tree_structure(chosen)}, but the"
+        f" parameters have {treedef}; give a pytree of bools with one bool for"
+        " each parameter leaf, or a predicate (path, leaf) -> bool."
+    )
+  for (path, _), value in zip(paths_and_leaves, bools, strict=True):
+    if not (isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_):
+      raise TypeError(
+          f"{argument} is {value!r} for {jtu.keystr(path)}; it must be a bool"
+          " for every leaf."
+      )
+  return [bool(value) for value in bools]
+
+
+def _last_name(path: Any) -> str:
+  """A leaf's own name, without the wrappers that NNX puts behind it."""
+  for key in reversed(path):
+    name = getattr(key, "key", getattr(key, "name", None))
+    wrapper = name in ("value", "raw_value") or isinstance(key, jtu.FlattenedIndexKey)
+    if not wrapper:
+      return name if isinstance(name, str) else ""
+  return ""
+
+
+# The name of a bias, and how many of its axes may be longer than 1.
+_BIASES = (
+    (re.compile(r"bias(_.*)?"), 2),  # Flax: [heads, head_dim], or stacked layers
+    (re.compile(r"b|offset|beta"), 1),  # Haiku; LoRA's matrix b has two
+)
+
+
+def is_not_bias(path: Any, leaf: Any) -> bool:
+  """The official rule: every leaf is normalized but the biases.
+
+  A bias is told by its own name and its shape: a leaf named ``bias`` or ``bias_...``
+  (Flax, Equinox) with at most two axes longer than 1, for attention has biases of
+  shape [heads, head_dim], and stacked layers [layers, features]; or one named ``b``,
+  ``offset`` or ``beta`` (Haiku) with at most one. So the scale of a batch norm is
+  normalized and its shift is not; a matrix ``b``, as LoRA has, is, and so is a leaf
+  named ``biased_proj``. Leaves without a name (lists, tuples) are normalized.
+  ``describe`` shows the outcome.
+
+  Args:
+    path: the leaf's key path, as ``jax.tree_util.tree_map_with_path`` gives it.
+    leaf: the leaf: an array, a ``jax.ShapeDtypeStruct`` or a number.
+
+  Returns:
+    True if the leaf gets T_w, False if it gets T = 1.
+
+  Raises:
+    TypeError: if path is not a tuple of JAX's keys.
+
+  Examples:
+    >>> import jax
+    >>> from asam_jax import is_not_bias
+    >>> params = {"conv": {"kernel": 1.0, "bias": 0.0}}
+    >>> print(jax.tree_util.tree_map_with_path(is_not_bias, params))
+    {'conv': {'bias': False, 'kernel': True}}
+  """
+  if not isinstance(path, (tuple, list)) or any(isinstance(k, str) for k in path):
+    raise TypeError(
+        f"path={path!r} must be a key path, as jax.tree_util.tree_map_with_path gives;"
+        " if a predicate came to be called as a schedule, by optax.inject_hyperparams,"
+        ' pass static_args=("normalize", "perturb", "normalization") there.'
+    )
+  name = _last_name(path)
+  long_axes = sum(n > 1 for n in getattr(leaf, "shape", ()))
+  return not any(
+      pattern.fullmatch(name) and long_axes <= most for pattern, most in _BIASES
+  )
+
+
+def every_leaf(path: Any, leaf: Any) -> bool:
+  """The default of perturb."""
+  del path, leaf
+  return True
+
+
+def no_holes(params: optax.Params) -> None:
+  """Raises where Optax has masked leaves away."""
+  leaves = jtu.tree_leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+  if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+    raise ValueError(
+        "params have holes (optax.MaskedNode), as under optax.masked or"
+        " optax.partition: the norm over the rest would be another method's. Use"
+        " the arguments perturb and normalize to choose leaves instead."
+    )
+
+
+def leaf(path: Any, w: Any, perturbed: bool) -> None:
+  """Raises unless a leaf of params is an array, and a real one if it is perturbed."""
+  if not (hasattr(w, "dtype") or isinstance(w, (int, float, complex))):
+    raise TypeError(
+        f"params{jtu.keystr(path)} is {_shown(w)}, which is no array; params must be a"
+        " pytree of arrays. (Of an Equinox module, pass what eqx.filter selects.)"
+    )
+  if perturbed and not is_float(w):
+    raise TypeError(
+        f"params{jtu.keystr(path)} has dtype {dtype_of(w)}, which can't be perturbed;"
+        " leave it out of params or out of perturb."
+    )
+
+
+def descent_gradient(grads: Any, params: optax.Params, source: str) -> None:
+  """Raises unless ``grads``, which ``source`` returned, is a gradient at params."""
+  wanted = jtu.tree_structure(params)
+  given = jtu.tree_structure(grads)
+  if given != wanted:
+    raise TypeError(
+        f"{source} returned the structure {given}, but params have {wanted}."
+        f" {_likely_mistake(grads, wanted)}"
+    )
+  for (path, w), g in zip(
+      jtu.tree_leaves_with_path(params), jtu.tree_leaves(grads), strict=True
+  ):
+    if is_float(w) and (jnp.shape(g) != jnp.shape(w) or dtype_of(g) != dtype_of(w)):
+      raise TypeError(
+          f"{source} returned shape {jnp.shape(g)} and dtype {dtype_of(g)} for"
+          f" params{jtu.keystr(path)}, which has {jnp.shape(w)} and"
+          f" {dtype_of(w)}; return the gradient with respect to params, cast to"
+          " their dtypes."
+      )
+
+
+def is_concrete(value: Any) -> bool:
+  """Whether its value can be looked at now: not traced, not on other hosts alone."""
+  traced = isinstance(value, jax.core.Tracer)
+  return not traced and getattr(value, "is_fully_addressable", True)
+
+
+def _likely_mistake(grads: Any, wanted: Any) -> str:
+  if isinstance(grads, tuple) and len(grads) == 2:
+    if jtu.tree_structure(grads[0]) == wanted:
+      return (
+          "It looks like (gradient, aux), as jax.grad(..., has_aux=True) gives;"
+          " return the gradient alone."
+      )
+    if jtu.tree_structure(grads[1]) == wanted:
+      return (
+          "It looks like (value, gradient), as jax.value_and_grad gives; return"
+          " the gradient alone, or pass the loss as value_fn."
+      )
+  return "Return the gradient with respect to params."
+
+
+def _kind(leaf: Any) -> str:
+  if isinstance(leaf, str):
+    return repr(leaf)
+  return f"shape {jnp.shape(leaf)} and dtype {dtype_of(leaf)}"
+
+
+def _shown(value: Any) -> str:
+  """The value's repr, short enough for a message."""
+  text = repr(value)
+  return text if len(text) <= 200 else f"{text[:200]}..."
+
+

@@ -1,0 +1,353 @@
+"""The geometry of a perturbation: T_w, the leaves that get it, and the norm.
+
+T_w is diagonal, so it is described leaf by leaf: an operator takes one leaf and the
+stabilizer eta and returns the diagonal of T_w for that leaf, in any shape that
+broadcasts to the leaf's.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+from jax import tree_util as jtu
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from asam_jax import _arguments
+from asam_jax import _trees
+
+Operator: TypeAlias = Callable[[jax.Array, Any], Any]
+Normalization: TypeAlias = str | Operator
+# A pytree of bools with the structure of the parameters, or a predicate.
+LeafSelection: TypeAlias = Callable[[Any, Any], bool] | Any
+
+# The lowest rank of a leaf that counts as a convolution kernel: one spatial
+# axis, input channels, output channels.
+_CONVOLUTION_RANK = 3
+_HIGHEST_RANK = 8  # no kernel has more axes, so no filter axis lies beyond
+
+
+def elementwise(w: jax.Array, eta: Any) -> jax.Array:
+  r"""T = |w| + eta, one entry per weight.
+
+  Args:
+    w: one parameter leaf, any shape, float.
+    eta: the stabilizer, a scalar >= 0 in the unit of the weights.
+
+  Returns:
+    An array of the leaf's shape and dtype.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from asam_jax import elementwise
+    >>> print(elementwise(jnp.array([-2.0, 0.5]), 0.5))
+    [2.5 1. ]
+
+  References:
+    Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
+  """
+  return jnp.abs(w) + eta
+
+
+def filterwise(
+    w: jax.Array, eta: Any, *, filter_axis: int = -1
+) -> jax.Array:
+  r"""T = ||f||_2 + eta per convolution filter, |w| + eta outside filters.
+
+  A leaf of rank 3 or more is taken for a convolution kernel, whose filters lie
+  along ``filter_axis``. Leaves of lower rank get :func:`elementwise`. Leaves of
+  rank 3 that are no kernels (say, the projections of Flax's attention) are best
+  given an operator of your own; ``describe`` shows which leaf gets which.
+
+  Args:
+    w: one parameter leaf, any shape, float.
+    eta: the stabilizer, a scalar >= 0 in the unit of the weights.
+    filter_axis: the axis that numbers the filters: -1 for Flax and Haiku (HWIO),
+      0 for Equinox (OIHW), as in
+      ``functools.partial(filterwise, filter_axis=0)``.
+
+  Returns:
+    For a kernel, an array of the leaf's dtype with length 1 along every axis but
+    ``filter_axis``; otherwise one of the leaf's shape.
+
+  Raises:
+    ValueError: if a kernel has no axis ``filter_axis``.
+    TypeError: if ``filter_axis`` is not an int.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from asam_jax import filterwise
+    >>> kernel = jnp.ones((3, 3, 1, 2))  # two filters with nine ones each
+    >>> print(filterwise(kernel, 0.0).ravel())
+    [3. 3.]
+
+  References:
+    Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
+  """
+  axis = filter_axis_of(filter_axis, w.ndim)
+  if axis is None:
+    return elementwise(w, eta)
+  axes = tuple(other for other in range(w.ndim) if other != axis)
+  return _root_of_squares(w, axes) + eta
+
+
+def filter_axis_of(axis: int, rank: int) -> int | None:
+  """The axis that numbers the filters of a leaf, or None where it is no kernel."""
+  if isinstance(axis, bool) or not isinstance(axis, int):
+    raise TypeError(f"filter_axis={axis!r} must be an int.")
+  is_kernel = rank >= _CONVOLUTION_RANK
+  highest = rank if is_kernel else _HIGHEST_RANK
+  if not -highest <= axis < highest:
+    raise ValueError(
+        f"filter_axis={axis} is no axis of a kernel of rank {highest}; use -1 for HWIO"
+        " kernels (Flax, Haiku) or 0 for OIHW (Equinox)."
+    )
+  return axis % rank if is_kernel else None
+
+
+def layerwise(w: jax.Array, eta: Any) -> jax.Array:
+  r"""T = ||w||_2 + eta, one scalar per leaf.
+
+  Args:
+    w: one parameter leaf, any shape, float.
+    eta: the stabilizer, a scalar >= 0 in the unit of the weights.
+
+  Returns:
+    A scalar array of the leaf's dtype.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from asam_jax import layerwise
+    >>> print(layerwise(jnp.array([3.0, 4.0]), 1.0))
+    6.0
+  """
+  return _root_of_squares(w, None) + eta
+
+
+def _root_of_squares(w: jax.Array, axes: Any) -> jax.Array:
+  """||w||_2 along the axes, with slope 0 where it is zero in place of NaN."""
+  squares = jnp.sum(jnp.square(w), axis=axes, keepdims=axes is not None)
+  root = jnp.sqrt(jnp.where(squares == 0, 1, squares))
+  return jnp.where(squares == 0, 0, root)
+
+
+def none(w: jax.Array, eta: Any) -> float:
+  """T = 1: the perturbation of plain SAM."""
+  del w, eta
+  return 1.0
+
+
+_OPERATORS: dict[str, Operator] = {
+    "elementwise": elementwise,
+    "filterwise": filterwise,
+    "layerwise": layerwise,
+    "none": none,
+}
+
+
+def resolve_operator(normalization: Normalization) -> Operator:
+  """The operator for a name, or the function itself."""
+  if isinstance(normalization, str) and normalization in _OPERATORS:
+    return _OPERATORS[normalization]
+  if not isinstance(normalization, str) and callable(normalization):
+    return _same_partial(normalization)
+  names = ", ".join(repr(name) for name in _OPERATORS)
+  raise (ValueError if isinstance(normalization, str) else TypeError)(
+      f"normalization={normalization!r} is unknown; use one of {names}, or a"
+      " function (w, eta) -> T of one leaf."
+  )
+
+
+def built_in(operator: Operator) -> str | None:
+  """The name here of an operator, or of what it is a partial of; None if it is yours."""
+  function = operator.func if isinstance(operator, functools.partial) else operator
+  names = [name for name, known in _OPERATORS.items() if known is function]
+  return names[0] if names else None
+
+
+def _same_partial(operator: Operator) -> Operator:
+  """One object for equal partials of ours, for JAX compiles anew for each object."""
+  if not isinstance(operator, functools.partial) or built_in(operator) is None:
+    return operator
+  return _cached_partial(operator.func, operator.args, *operator.keywords.items())
+
+
+@functools.cache
+def _cached_partial(function: Any, args: Any, *keywords: Any) -> Operator:
+  return functools.partial(function, *args, **dict(keywords))
+
+
+class LeafRule(NamedTuple):
+  """What happens to one leaf: its T_w, and whether it is perturbed at all."""
+
+  path: Any
+  leaf: Any
+  operator: Operator
+  perturbed: bool
+
+  def factor(self, w: jax.Array, eta: Any) -> jax.Array:
+    """The diagonal of T_w, in w's dtype and a shape that broadcasts to w's."""
+    t = self.operator(w, eta)
+    shape, dtype = getattr(t, "shape", ()), getattr(t, "dtype", type(t))
+    try:
+      fits = np.broadcast_shapes(shape, w.shape) == w.shape
+    except ValueError:
+      fits = False
+    if not (fits and (isinstance(t, (int, float)) or _trees.is_float(t))):
+      raise ValueError(
+          f"normalization={self.operator!r} gives T of shape {shape} and dtype"
+          f" {dtype} for the leaf {jtu.keystr(self.path)} of shape {w.shape}; T must"
+          " be real and broadcast to the leaf's shape."
+      )
+    return jnp.asarray(t, w.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+  r"""T_w, which leaves get it, which are perturbed, and the norm.
+
+  The ball of a perturbation is :math:`\|T_w^{-1}\epsilon\|_p \le \rho`, over the whole
+  pytree. One geometry serves optimizers and measures, so that what is trained and
+  what is measured can't differ.
+
+  Attributes:
+    eta: the stabilizer, >= 0, added to the diagonal of T_w, in the unit of the
+      weights: a number, a traced scalar, or (for optimizers) a schedule of the step
+      count. The official code's class has 0.01, its script for CIFAR 0.
+    p: the norm's exponent, a Python number in [1, inf].
+    normalization: the operator T_w: ``"elementwise"``, ``"filterwise"``,
+      ``"layerwise"``, ``"none"`` (T = 1, plain SAM), or a function
+      ``(w, eta) -> T`` of one leaf (in float32 at least), whose result broadcasts
+      to the leaf.
+    normalize: the leaves that get T_w, a pytree of bools or a predicate
+      ``(path, leaf) -> bool`` with JAX's key paths; the others get T = 1, but are
+      perturbed under the same norm. By default every leaf but biases
+      (:func:`asam_jax.is_not_bias`).
+    perturb: the leaves that are perturbed at all, given likewise; by default all.
+
+  Raises:
+    ValueError: if eta is negative or not finite, p is below 1, or the operator is
+      unknown.
+    TypeError: if eta is not one real number or a schedule, p is no Python number, or
+      normalization is neither a name nor a function.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import asam_jax
+    >>> w, epsilon = jnp.array([2.0, 0.0]), jnp.array([0.5, 0.0])
+    >>> geometry = asam_jax.Geometry(eta=0.0)
+    >>> print(geometry.norm(epsilon, w))  # 0.5 / |2|
+    0.25
+    >>> print(geometry.dual_norm(jnp.array([3.0, 4.0]), w))  # |2| * 3
+    6.0
+
+  References:
+    Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
+  """
+
+  eta: optax.ScalarOrSchedule = 0.01
+  p: float = 2
+  normalization: Normalization = "elementwise"
+  normalize: LeafSelection | None = None
+  perturb: LeafSelection | None = None
+
+  def __post_init__(self):
+    _arguments.scalar_or_schedule("eta", self.eta)
+    _arguments.exponent(self.p)
+    resolve_operator(self.normalization)
+
+  @property
+  def q(self) -> float:
+    """The exponent of the dual norm: 1/p + 1/q = 1."""
+    return float("inf") if self.p == 1 else 1.0 if np.isinf(self.p) else (
+        self.p / (self.p - 1)
+    )
+
+  def at(self, count: Any) -> "Geometry":
+    """The same at one step: a schedule eta becomes its value."""
+    if not callable(self.eta):
+      return self
+    return dataclasses.replace(self, eta=self.eta(count))
+
+  def rules(self, params: optax.Params) -> list[LeafRule]:
+    """The rule of every leaf, in the order of ``jax.tree.leaves``, checked."""
+    _arguments.no_holes(params)
+    operator = resolve_operator(self.normalization)
+    normalized = _arguments.selection("normalize", self.normalize, params)
+    perturbed = _arguments.selection("perturb", self.perturb, params)
+    rules = [
+        LeafRule(path, leaf, operator if use_operator else none, is_perturbed)
+        for (path, leaf), use_operator, is_perturbed in zip(
+            jtu.tree_leaves_with_path(params), normalized, perturbed, strict=True
+        )
+    ]
+    for rule in rules:
+      _arguments.leaf(rule.path, rule.leaf, rule.perturbed)
+    return rules
+
+  def norm(self, epsilon: Any, params: optax.Params) -> jax.Array:
+    r"""The length of a perturbation, :math:`\|T_w^{-1}\epsilon\|_p`.
+
+    With 0/0 = 0: a weight that T holds fixed and that is not perturbed adds nothing;
+    one that is perturbed all the same makes the norm inf.
+
+    Args:
+      epsilon: the perturbation, a pytree of the structure and shapes of params.
+      params: the weights w, real float arrays.
+
+    Returns:
+      A float32 scalar (float64 if a parameter is). Leaves that ``perturb`` leaves out
+      do not count.
+
+    Raises:
+      TypeError: if epsilon is not a pytree like params.
+    """
+    _arguments.tree_like("epsilon", epsilon, params)
+    scaled = []
+    for e, w, t in self._triples(epsilon, params):
+      e = e.astype(w.dtype)
+      scaled.append(jnp.where(e == 0, 0, e / jnp.where(e == 0, 1, t)))
+    return _trees.norm(scaled, self.p)
+
+  def dual_norm(self, grads: Any, params: optax.Params) -> jax.Array:
+    r"""The length of a gradient, :math:`\|T_w g\|_q` with 1/p + 1/q = 1.
+
+    rho times it is the first-order sharpness, the largest :math:`\langle g,
+    \epsilon\rangle` in the ball.
+
+    Args:
+      grads: the gradient, a pytree of the structure and shapes of params.
+      params: the weights w, real float arrays.
+
+    Returns:
+      A float32 scalar (float64 if a parameter is).
+
+    Raises:
+      TypeError: if grads is not a pytree like params.
+    """
+    _arguments.tree_like("grads", grads, params)
+    scaled = [t * g.astype(w.dtype) for g, w, t in self._triples(grads, params)]
+    return _trees.norm(scaled, self.q)
+
+  def _triples(self, tree: Any, params: optax.Params):
+    """(leaf of the tree, w, T) for each perturbed leaf, w in the dtype of sums."""
+    if callable(self.eta):
+      raise TypeError(
+          f"eta={self.eta!r} is a schedule, but a measure has no step count; use"
+          " geometry.at(step)."
+      )
+    rules = self.rules(params)
+    dtype = sum_dtype(rules)
+    for rule, x in zip(rules, jtu.tree_leaves(tree), strict=True):
+      if rule.perturbed:
+        w = jnp.asarray(rule.leaf, dtype)
+        yield jnp.asarray(x), w, rule.factor(w, self.eta)
+
+
+def sum_dtype(rules: list[LeafRule]) -> Any:
+  """Float32, or float64 if a perturbed leaf is."""
+  dtypes = [_trees.dtype_of(rule.leaf) for rule in rules if rule.perturbed]
+  return jnp.result_type(jnp.float32, *dtypes)

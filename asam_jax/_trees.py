@@ -1,0 +1,85 @@
+"""Arithmetic on pytrees, over all their leaves, in float32 at least."""
+
+from collections.abc import Sequence
+import math
+from typing import Any
+
+import jax
+from jax import tree_util as jtu
+import jax.numpy as jnp
+
+
+def dtype_of(leaf: Any) -> Any:
+  """The dtype of an array, a ShapeDtypeStruct or a Python number."""
+  return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def is_float(leaf: Any) -> bool:
+  """Whether it is a real floating point leaf; float0 and integers are not."""
+  return jnp.issubdtype(dtype_of(leaf), jnp.floating)
+
+
+def f32(x: Any) -> jax.Array:
+  """In float32 at least: half precision neither sums nor squares safely."""
+  return jnp.asarray(x, jnp.promote_types(dtype_of(x), jnp.float32))
+
+
+def floats(tree: Any) -> list[jax.Array]:
+  """The float leaves in float32 at least; float0 and integers are left out."""
+  return [f32(x) for x in jtu.tree_leaves(tree) if is_float(x)]
+
+
+def map_floats(fun: Any, tree: Any, *rest: Any) -> Any:
+  """``jax.tree.map`` over the float leaves; other leaves stay those of ``tree``."""
+  return jax.tree.map(lambda x, *xs: fun(x, *xs) if is_float(x) else x, tree, *rest)
+
+
+def norm(tree: Any, p: float = 2) -> jax.Array:
+  """||x||_p over all leaves; relative to the largest entry, so it can't overflow."""
+  leaves = [x for x in floats(tree) if x.size]
+  if not leaves:
+    return jnp.zeros(())
+  peak = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in leaves]))
+  if math.isinf(p):
+    return peak
+  usable = jnp.isfinite(peak) & (peak > 0)
+  unit = jnp.where(usable, peak, 1)
+  total = total_of([jnp.abs(x / unit) ** p for x in leaves])
+  return jnp.where(usable, unit * total ** (1 / p), peak)
+
+
+def total_of(leaves: Sequence[jax.Array]) -> jax.Array:
+  """The sum of all entries of all leaves, of which there is at least one."""
+  first, *others = [jnp.sum(leaf) for leaf in leaves]
+  return sum(others, start=first)
+
+
+def dot(tree: Any, other: Any) -> jax.Array:
+  """<x, y> over the float leaves."""
+  pairs = zip(floats(tree), floats(other), strict=True)
+  return sum((jnp.sum(x * y) for x, y in pairs), start=jnp.zeros(()))
+
+
+def unit_vector(tree: Any) -> Any:
+  """x / ||x||_2 over the whole tree; zero for zero."""
+  length = norm(tree)
+  length = jnp.where(length == 0, 1, length)
+  return map_floats(lambda x: f32(x) / length, tree)
+
+
+def orthogonal_part(tree: Any, along: Any) -> Any:
+  """What is left of x without its component along another tree."""
+  unit = unit_vector(along)
+  product = dot(tree, unit)
+  return map_floats(lambda x, u: f32(x) - product * u, tree, unit)
+
+
+def cosine(tree: Any, other: Any) -> jax.Array:
+  """The cosine of the angle between two trees; 0 if one of them is zero."""
+  return dot(unit_vector(tree), unit_vector(other))
+
+
+def all_finite(tree: Any) -> jax.Array:
+  """Whether no float in the tree is NaN or inf."""
+  finite = [jnp.all(jnp.isfinite(x)) for x in floats(tree)]
+  return jnp.stack([jnp.array(True), *finite]).all()
