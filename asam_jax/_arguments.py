@@ -13,25 +13,35 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from asam_jax._trees import dtype_of
-from asam_jax._trees import is_float
+
+def dtype_of(leaf: Any) -> Any:
+  """The dtype of an array, a ShapeDtypeStruct or a Python number."""
+  return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
-def scalar(
-    argument: str, value: Any, low: float = 0, high: float = math.inf
-) -> Any:
-  """Raises unless it is one real number in [low, high), or a traced one."""
+def is_float(leaf: Any) -> bool:
+  """Whether it is a real floating point leaf; float0 and integers are not."""
+  return jnp.issubdtype(dtype_of(leaf), jnp.floating)
+
+
+def real(argument: str, value: Any) -> Any:
+  """Raises unless it is one real number or 0-d array, traced ones included."""
   number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
   array = isinstance(value, (jax.Array, np.ndarray)) and jnp.ndim(value) == 0
-  real = (number or array) and (
+  if not (number or array) or not (
       is_float(value) or jnp.issubdtype(dtype_of(value), jnp.integer)
-  )
-  if not real:
+  ):
     raise TypeError(f"{argument}={_shown(value)} must be one real number.")
+  return value
+
+
+def scalar(argument: str, value: Any, low: float = 0, high: float = math.inf) -> Any:
+  """Raises unless it is such a number in [low, high); traced ones can't be checked."""
+  real(argument, value)
   if is_concrete(value) and not low <= float(value) < high:
-    above = f" and < {high}" if high < math.inf else ""
+    below = f" and < {high}" if high < math.inf else ""
     raise ValueError(
-        f"{argument}={_shown(value)} must be a finite number >= {low}{above}."
+        f"{argument}={_shown(value)} must be a finite number >= {low}{below}."
     )
   return value
 
@@ -66,6 +76,17 @@ def count(argument: str, value: Any, least: int = 1) -> int:
   if value < least:
     raise ValueError(f"{argument}={value!r} must be an int >= {least}.")
   return int(value)
+
+
+def argnums(numbers: Any) -> Any:
+  """Raises unless they are the numbers of positional arguments."""
+  each = numbers if isinstance(numbers, (tuple, list)) and numbers else [numbers]
+  if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in each):
+    raise TypeError(
+        f"argnums={_shown(numbers)} must be an int or a sequence of ints, the numbers of"
+        " positional arguments. The radius is given by name: rho=0.5."
+    )
+  return numbers
 
 
 def function(argument: str, value: Any, form: str) -> Any:

@@ -27,6 +27,7 @@ class AscentState(NamedTuple):
 
   count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
   sharpness: jax.Array
+  dual_norm: jax.Array
 
 
 def ascent(
@@ -105,13 +106,19 @@ def ascent(
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
+  return from_geometry(
+      rho, _g.Geometry(eta, p, normalization, normalize, perturb)
+  )
+
+
+def from_geometry(rho, geometry):
   rho = _arguments.scalar_or_schedule("rho", rho)
-  geometry = _g.Geometry(eta, p, normalization, normalize, perturb)
 
   def init_fn(params: optax.Params) -> AscentState:
     return AscentState(
         count=jnp.zeros((), jnp.int32),
         sharpness=jnp.zeros((), _g.sum_dtype(geometry.rules(params))),
+        dual_norm=jnp.zeros((), _g.sum_dtype(geometry.rules(params))),
     )
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -127,8 +134,8 @@ def ascent(
         geometry.at(state.count),
         rho(state.count) if callable(rho) else rho,
     )
-    count = jnp.asarray(optax.safe_increment(state.count))
-    return epsilon, AscentState(count, sharpness.astype(state.sharpness.dtype))
+    count = None if state.count is None else jnp.asarray(optax.safe_increment(state.count))
+    return epsilon, AscentState(count, sharpness.astype(state.sharpness.dtype), geometry.at(state.count).dual_norm(updates, params).astype(state.sharpness.dtype))
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -1,7 +1,6 @@
 """One gradient a step: the parameters rest at w + epsilon between steps."""
 
 from collections.abc import Callable
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +8,11 @@ from jax import tree_util as jtu
 import jax.numpy as jnp
 import optax
 
+from asam_jax import _arguments
 from asam_jax import _ascent
-from asam_jax import _checks
-from asam_jax import _normalization as _n
+from asam_jax import _geometry as _g
+from asam_jax import _trees
+from asam_jax import _two_passes
 
 
 class CarriedState(NamedTuple):
@@ -26,6 +27,18 @@ class CarriedState(NamedTuple):
   params: optax.Params
   base: optax.OptState
   ascent: optax.OptState
+
+
+class MomentumAscentState(NamedTuple):
+  """State of the ascent in :func:`momentum_sam`.
+
+  Attributes:
+    ascent: the :class:`asam_jax.AscentState`.
+    trace: the trace of the gradients, if base_tx has no momentum; otherwise empty.
+  """
+
+  ascent: optax.OptState
+  trace: Any
 
 
 def carried(
@@ -107,8 +120,17 @@ def carried(
 
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
   """
-  ascent_tx = optax.with_extra_args_support(ascent_tx)
-  return _carried(base_tx, dtype, lambda *args: (ascent_tx, None), operator.add)
+  ascent_tx = _two_passes.ascent_chain(ascent_tx)
+
+  def init_ascent(base_state, clean):
+    del base_state
+    return ascent_tx.init(clean)
+
+  def perturb(grads, steps, base_state, ascent_state, clean, extra_args):
+    del steps, base_state
+    return ascent_tx.update(grads, ascent_state, clean, **extra_args)
+
+  return _carried(base_tx, dtype, init_ascent, perturb)
 
 
 def momentum_sam(
@@ -118,9 +140,9 @@ def momentum_sam(
     p: float = 2,
     *,
     decay: float = 0.9,
-    normalization: _n.Normalization = "elementwise",
-    normalize: _n.LeafSelection | None = None,
-    perturb: _n.LeafSelection | None = None,
+    normalization: _g.Normalization = "elementwise",
+    normalize: _g.LeafSelection | None = None,
+    perturb: _g.LeafSelection | None = None,
     dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adaptive Momentum-SAM: one gradient a step, perturbed against the momentum.
@@ -130,10 +152,13 @@ def momentum_sam(
     \hat\epsilon_{t+1} = \mathrm{ascent}(-v_t, w_{t+1}) =
     -\rho \frac{T_w^2 v_t}{\|T_w v_t\|_2} \quad (p = 2)
 
-  with the momentum :math:`v_t` of the base optimizer: its ``trace`` (SGD) or
-  ``mu`` (Adam). So the state is one copy of the parameters larger than that of
-  base_tx, and no more. A base_tx without momentum gets a trace of its own, which
-  is a second copy. Weight decay in front of the momentum is part of it.
+  with the momentum :math:`v_t` of the base optimizer: that of SGD, Adam and their
+  kin in Optax, which base_tx keeps anyway. So the state is one copy of the parameters
+  larger than that of base_tx, and no more. A base_tx without one such momentum (with
+  none, with several, or of a kind of its own) gets a trace of the gradients, which is
+  a second copy. Weight decay in front of the momentum is part of it. A momentum behind
+  the learning rate, as in ``optax.lars``, is negated: which way is downhill is then
+  read off the step that base_tx makes.
 
   It is :func:`carried`, so what is said there holds: the parameters rest at
   :math:`w + \hat\epsilon`; evaluate ``eval_params(opt_state)``. ``normalization=
@@ -158,8 +183,7 @@ def momentum_sam(
 
   Raises:
     ValueError, TypeError: as :func:`asam_jax.ascent` and :func:`carried` do;
-      ValueError if decay is outside [0, 1), or if (in ``init``) base_tx has
-      several momenta or one that does not cover all parameters.
+      ValueError if decay is outside [0, 1).
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
@@ -176,25 +200,30 @@ def momentum_sam(
     Becker et al., `Momentum-SAM: Sharpness Aware Minimization without
     Computational Overhead <https://arxiv.org/abs/2401.12033>`_, 2024
   """
-  if not 0 <= decay < 1:
-    raise ValueError(f"decay={decay!r} must be in [0, 1).")
-  ascent_tx = _ascent.ascent(
-      rho,
-      eta,
-      p,
-      normalization=normalization,
-      normalize=normalize,
-      perturb=perturb,
-  )
-  with_trace = optax.chain(optax.trace(decay), ascent_tx)
+  _arguments.scalar("decay", decay, high=1)
+  geometry = _g.Geometry(eta, p, normalization, normalize, perturb)
+  ascent_tx = _ascent.from_geometry(rho, geometry)
+  own_trace = optax.trace(decay)
 
-  def route(base_state, params):
-    momentum = _momentum(base_state, params)
-    return (with_trace if momentum is None else ascent_tx), momentum
+  def init_ascent(base_state, clean):
+    trace = () if _momentum(base_state, clean) is not None else own_trace.init(clean)
+    return MomentumAscentState(ascent_tx.init(clean), trace)
 
-  # The ascent is odd in the gradient, so its result is subtracted; a negated momentum
-  # in front of it XLA would write to memory.
-  return _carried(base_tx, dtype, route, operator.sub)
+  def downhill(grads, steps, base_state, state, clean, extra_args):
+    momentum, trace = _momentum(base_state, clean), state.trace
+    if momentum is None:
+      momentum, trace = own_trace.update(grads, trace, clean)
+    elif not _sees_the_gradient_first(base_state):
+      # Behind a learning rate it is negated: it then points the way of the steps.
+      against = _trees.dot(momentum, steps) <= 0
+      momentum = _trees.map_floats(lambda v: jnp.where(against, v, -v), momentum)
+    epsilon, ascent_state = ascent_tx.update(
+        momentum, state.ascent, clean, **extra_args
+    )
+    epsilon = _trees.map_floats(jnp.negative, epsilon)
+    return epsilon, MomentumAscentState(ascent_state, trace)
+
+  return _carried(base_tx, dtype, init_ascent, downhill)
 
 
 def eval_params(opt_state: optax.OptState) -> optax.Params:
@@ -229,28 +258,23 @@ def eval_params(opt_state: optax.OptState) -> optax.Params:
   return found[0].params
 
 
-# (base state, params) -> the ascent chain, and the direction it gets if that is
-# not the gradient.
-_Route = Callable[
-    [Any, Any], tuple[optax.GradientTransformationExtraArgs, optax.Updates | None]
-]
-
-
 def _carried(
     base_tx: optax.GradientTransformation,
     dtype: Any,
-    route: _Route,
-    perturbed: Callable[[Any, Any], Any],
+    init_ascent: Callable[..., Any],
+    perturb: Callable[..., Any],
 ) -> optax.GradientTransformationExtraArgs:
-  base_tx = optax.with_extra_args_support(base_tx)
+  """Perturbs by ``perturb(grads, steps, base, ascent, w, extra) -> (epsilon, ascent)``."""
+  base_tx = _two_passes.base(base_tx)
   if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
     raise TypeError(f"dtype={dtype!r} must be a real floating point type, or None.")
 
   def init_fn(params):
     clean = jax.tree.map(lambda w: _copy(w, dtype), params)
     base_state = base_tx.init(clean)
-    ascent_tx, _ = route(base_state, clean)
-    return CarriedState(clean, base_state, ascent_tx.init(clean))
+    ascent_state = init_ascent(base_state, clean)
+    _check_states(base_state, ascent_state)
+    return CarriedState(clean, base_state, ascent_state)
 
   def update_fn(updates, state, params=None, **extra_args):
     if params is None:
@@ -258,72 +282,80 @@ def _carried(
           "params=None: the update leads away from the perturbed parameters; call"
           " update(grads, state, params)."
       )
-    _check_shapes(updates, params)
+    _arguments.tree_like("the gradient", updates, params)
     grads = jax.tree.map(lambda g: _cast(g, dtype), updates)
     steps, base_state = base_tx.update(grads, state.base, state.params, **extra_args)
     clean = optax.apply_updates(state.params, steps)
-    ascent_tx, direction = route(base_state, clean)
-    epsilon, ascent_state = ascent_tx.update(
-        grads if direction is None else direction, state.ascent, clean, **extra_args
+    epsilon, ascent_state = perturb(
+        grads, steps, base_state, state.ascent, clean, extra_args
     )
     # From wherever params are, so that their rounding does not add up.
     updates = jax.tree.map(
-        lambda w, e, point: perturbed(w, e) - _cast(point, dtype),
-        clean, epsilon, params,
+        lambda w, e, point, step: (
+            (w + e) - _cast(point, dtype) if _arguments.is_float(w) else step
+        ),
+        clean, epsilon, params, steps,
     )
     return updates, CarriedState(clean, base_state, ascent_state)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return _two_passes.Optimizer(init_fn, update_fn)
 
 
-def _check_shapes(grads: Any, params: Any) -> None:
-  given, wanted = (
-      (jtu.tree_structure(tree), [jnp.shape(x) for x in jtu.tree_leaves(tree)])
-      for tree in (grads, params)
-  )
-  if given != wanted:
+def _check_states(base_state: Any, ascent_state: Any) -> None:
+  _two_passes.no_second_ascent((base_state, ascent_state))
+  stops = (_ascent.AscentState, CarriedState)
+  is_stop = lambda node: isinstance(node, stops)  # noqa: E731
+  if any(map(is_stop, jtu.tree_leaves(base_state, is_leaf=is_stop))):
     raise TypeError(
-        f"the gradient has the structure and shapes {given}, but params have"
-        f" {wanted}; pass the gradient with respect to these params alone."
+        "base_tx contains an ascent; the base optimizer comes first, the ascent chain"
+        " second: carried(optax.sgd(0.1), asam_jax.ascent(rho))."
     )
+
+
+# Optax's states that hold a moving sum or mean of the gradients, and its name there.
+_MOMENTA = {
+    "TraceState": "trace",
+    "ScaleByAdamState": "mu",
+    "ScaleByAmsgradState": "mu",
+    "ScaleByBeliefState": "mu",
+    "ScaleByLionState": "mu",
+}
+_MOMENTUM_CLASSES = {
+    getattr(optax, name): field
+    for name, field in _MOMENTA.items()
+    if hasattr(optax, name)
+}
 
 
 def _momentum(base_state: Any, params: Any) -> optax.Updates | None:
-  """The base optimizer's momentum, or None if it has none."""
-  names = ("trace", "mu")
-
-  def holds_one(node):
-    return any(name in getattr(node, "_fields", ()) for name in names)
-
-  nodes = jtu.tree_leaves(base_state, is_leaf=holds_one)
+  """The one momentum of the base optimizer; None if it has none, several, or a part."""
+  is_one = lambda node: type(node) in _MOMENTUM_CLASSES  # noqa: E731
   found = [
-      getattr(node, name)
-      for node in nodes
-      for name in names
-      if name in getattr(node, "_fields", ())
+      getattr(node, _MOMENTUM_CLASSES[type(node)])
+      for node in jtu.tree_leaves(base_state, is_leaf=is_one)
+      if is_one(node)
   ]
-  if not found:
-    return None
-  if len(found) > 1 or jtu.tree_structure(found[0]) != jtu.tree_structure(params):
-    raise ValueError(
-        f"base_tx has {len(found)} momenta (trace or mu), or one that does not cover"
-        " all parameters, so it is not clear which to ascend against; use"
-        " carried(base_tx, optax.chain(optax.trace(0.9), optax.scale(-1),"
-        " ascent(...))), which has its own."
-    )
-  return found[0]
+  whole = len(found) == 1 and jtu.tree_structure(found[0]) == jtu.tree_structure(params)
+  return found[0] if whole else None
+
+
+def _sees_the_gradient_first(base_state: Any) -> bool:
+  """Whether nothing stands before the momentum, as in optax.sgd and optax.adam."""
+  while type(base_state) is tuple and base_state:
+    base_state = base_state[0]
+  return type(base_state) in _MOMENTUM_CLASSES
 
 
 def _copy(w: Any, dtype: Any) -> Any:
   """A buffer of its own, so that params and state can both be donated."""
-  if dtype is None or not jnp.issubdtype(_checks.dtype_of(w), jnp.floating):
-    dtype = _checks.dtype_of(w)
+  if dtype is None or not jnp.issubdtype(_arguments.dtype_of(w), jnp.floating):
+    dtype = _arguments.dtype_of(w)
   if isinstance(w, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(w.shape, dtype, sharding=w.sharding)
   return jnp.array(w, dtype, copy=True)
 
 
 def _cast(x: Any, dtype: Any) -> Any:
-  if dtype is None or not jnp.issubdtype(_checks.dtype_of(x), jnp.floating):
+  if dtype is None or not jnp.issubdtype(_arguments.dtype_of(x), jnp.floating):
     return x
   return jnp.asarray(x, dtype)

@@ -162,7 +162,7 @@ def resolve_operator(normalization: Normalization) -> Operator:
 
 
 def built_in(operator: Operator) -> str | None:
-  """The name here of an operator, or of what it is a partial of; None if it is yours."""
+  """The name here of an operator or of what it is a partial of; None if it is yours."""
   function = operator.func if isinstance(operator, functools.partial) else operator
   names = [name for name, known in _OPERATORS.items() if known is function]
   return names[0] if names else None
@@ -196,7 +196,7 @@ class LeafRule(NamedTuple):
       fits = np.broadcast_shapes(shape, w.shape) == w.shape
     except ValueError:
       fits = False
-    if not (fits and (isinstance(t, (int, float)) or _trees.is_float(t))):
+    if not (fits and (isinstance(t, (int, float)) or _arguments.is_float(t))):
       raise ValueError(
           f"normalization={self.operator!r} gives T of shape {shape} and dtype"
           f" {dtype} for the leaf {jtu.keystr(self.path)} of shape {w.shape}; T must"
@@ -349,5 +349,5 @@ class Geometry:
 
 def sum_dtype(rules: list[LeafRule]) -> Any:
   """Float32, or float64 if a perturbed leaf is."""
-  dtypes = [_trees.dtype_of(rule.leaf) for rule in rules if rule.perturbed]
+  dtypes = [_arguments.dtype_of(rule.leaf) for rule in rules if rule.perturbed]
   return jnp.result_type(jnp.float32, *dtypes)

@@ -8,15 +8,8 @@ import jax
 from jax import tree_util as jtu
 import jax.numpy as jnp
 
-
-def dtype_of(leaf: Any) -> Any:
-  """The dtype of an array, a ShapeDtypeStruct or a Python number."""
-  return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-
-
-def is_float(leaf: Any) -> bool:
-  """Whether it is a real floating point leaf; float0 and integers are not."""
-  return jnp.issubdtype(dtype_of(leaf), jnp.floating)
+from asam_jax._arguments import dtype_of
+from asam_jax._arguments import is_float
 
 
 def f32(x: Any) -> jax.Array:
@@ -61,7 +54,7 @@ def dot(tree: Any, other: Any) -> jax.Array:
 
 
 def unit_vector(tree: Any) -> Any:
-  """x / ||x||_2 over the whole tree; zero for zero."""
+  """X / ||x||_2 over the whole tree; zero for zero."""
   length = norm(tree)
   length = jnp.where(length == 0, 1, length)
   return map_floats(lambda x: f32(x) / length, tree)

@@ -7,17 +7,24 @@
 streams are those of one clean pass, and both passes draw the same dropout masks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
-from flax import nnx
 import jax
+import optax
 
-from asam_jax import _autodiff
-from asam_jax import _normalization as _n
+from asam_jax import _arguments
+from asam_jax import _extras
+from asam_jax import _geometry as _g
+from asam_jax import _microbatched
+from asam_jax import _two_passes
+from asam_jax import _value_and_grad as _door
 
-__all__ = ["grad_fn", "value_and_grad"]
+_extras.require("nnx", "flax")
+from flax import nnx  # noqa: E402  (after the error that names the extra)
+
+__all__ = ["grad", "grad_fn", "microbatched", "value_and_grad", "value_fn"]
 
 # A state with arrays for variables; Flax 0.12.7 renamed it.
 _as_pure = getattr(nnx, "as_pure", None) or getattr(nnx, "pure")  # noqa: B009
@@ -25,15 +32,17 @@ _as_pure = getattr(nnx, "as_pure", None) or getattr(nnx, "pure")  # noqa: B009
 
 def value_and_grad(
     fun: Callable[..., Any],
-    rho: Any = 0.5,
-    eta: Any = 0.01,
-    p: float = 2,
-    *,
     argnums: int | nnx.DiffState = 0,
     has_aux: bool = False,
-    normalization: _n.Normalization = "elementwise",
-    normalize: _n.LeafSelection | None = None,
-    perturb: _n.LeafSelection | None = None,
+    *,
+    rho: Any = _door.RHO,
+    eta: Any = 0.01,
+    p: float = 2,
+    normalization: _g.Normalization = "elementwise",
+    normalize: _g.LeafSelection | None = None,
+    perturb: _g.LeafSelection | None = None,
+    ascent: optax.GradientTransformation | None = None,
+    accumulate: _door.Accumulate = None,
     axis_name: Any = None,
     average_ascent: bool = False,
     with_info: bool = False,
@@ -55,18 +64,24 @@ def value_and_grad(
     fun: a function of modules and other arguments with a scalar result, or
       ``(scalar, aux)`` with ``has_aux``. Modules and ``nnx.Rngs`` come in as
       arguments, not by closure, as NNX wants it.
-    rho: the radius, >= 0; a number or a traced scalar, no schedule; see
-      :func:`asam_jax.value_and_grad`.
-    eta: the stabilizer, >= 0; likewise.
-    p: the norm's exponent, a number in [1, inf].
     argnums: which positional argument, a module, is differentiated and perturbed,
       with respect to its ``nnx.Param``; or ``nnx.DiffState(argnum, filter)`` for
       other variables.
     has_aux: whether ``fun`` returns ``(value, aux)``.
+    rho: the radius, >= 0; a number or a traced scalar, no schedule; see
+      :func:`asam_jax.value_and_grad`.
+    eta: the stabilizer, >= 0; likewise.
+    p: the norm's exponent, a number in [1, inf].
     normalization: the operator T_w; see :func:`asam_jax.ascent`.
     normalize: the leaves that get T_w; see :func:`asam_jax.ascent`. Paths and bools
       are over ``nnx.as_pure(nnx.state(module, nnx.Param))``.
     perturb: the leaves that are perturbed at all; likewise.
+    ascent: an ascent chain without state between steps in place of the closed form;
+      see :func:`asam_jax.value_and_grad`.
+    accumulate: the number of rows of a microbatch, for a batch that does not fit: the
+      first positional argument but the module's; or what takes
+      ``nnx.value_and_grad(fun, ...)`` to the same in smaller pieces, such as
+      ``lambda f: asam_jax.nnx.microbatched(f, 32, argnums=(1, 2))``.
     axis_name: see :func:`asam_jax.value_and_grad`.
     average_ascent: see :func:`asam_jax.value_and_grad`.
     with_info: whether to return an :class:`asam_jax.AscentInfo` as well.
@@ -98,41 +113,138 @@ def value_and_grad(
   References:
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
   """
+  door = _door.Door(
+      _g.Geometry(eta, p, normalization, normalize, perturb),
+      rho, ascent, axis_name, average_ascent, with_info,
+  )
+  _arguments.function("fun", fun, "of modules and other arguments")
   place, wrt = _differentiated(argnums)
   passes = nnx.value_and_grad(fun, argnums=argnums, has_aux=has_aux)
+  if accumulate is not None:
+    passes = _door.accumulated(passes, accumulate, place, microbatched)
 
   @functools.wraps(fun)
   def wrapped(*args: Any, **kwargs: Any) -> Any:
     params = _params(args, place, wrt)
-    copies = nnx.clone((args, kwargs))  # before the clean pass advances anything
-    targets = iter([(args, kwargs), copies])
-    form = None  # the gradients as NNX gives them
+    start = nnx.clone((args, kwargs))  # before the clean pass advances anything
+    result, form = passes(*args, **kwargs)
 
-    def one_pass(point):
-      nonlocal form
-      args, kwargs = next(targets)
-      if form is not None:
-        nnx.update(args[place], point)
-      result, form = passes(*args, **kwargs)
-      return result, _pure(form, wrt)
+    def at(result, grads):
+      value = result[0] if has_aux else result
+      return _two_passes.Pass(_pure(grads, wrt), value, result)
 
-    # The core's two passes, its arithmetic and its info, around NNX's gradient.
-    result, grads, *info = _autodiff.value_and_grad(
-        fun,
-        rho,
-        eta,
-        p,
-        has_aux=has_aux,
-        normalization=normalization,
-        normalize=normalize,
-        perturb=perturb,
-        axis_name=axis_name,
-        average_ascent=average_ascent,
-        with_info=with_info,
-        accumulate=lambda _: one_pass,
-    )(params)
+    def evaluate(point):
+      args, kwargs = nnx.clone(start)
+      nnx.update(args[place], point)
+      return at(*passes(*args, **kwargs))
+
+    result, grads, *info = door.passes(evaluate, params, at(result, form))
     nnx.update(form, grads)
     return result, form, *info
+
+  setattr(wrapped, _two_passes.PERTURBED, True)
+  return wrapped
+
+
+def grad(
+    fun: Callable[..., Any],
+    argnums: int | nnx.DiffState = 0,
+    has_aux: bool = False,
+    *,
+    rho: Any = _door.RHO,
+    eta: Any = 0.01,
+    p: float = 2,
+    normalization: _g.Normalization = "elementwise",
+    normalize: _g.LeafSelection | None = None,
+    perturb: _g.LeafSelection | None = None,
+    **options: Any,
+) -> Callable[..., Any]:
+  """``nnx.grad``, but the gradient is taken at w + epsilon.
+
+  Args:
+    fun: as for :func:`value_and_grad`.
+    argnums: as for :func:`value_and_grad`.
+    has_aux: whether ``fun`` returns ``(value, aux)``.
+    rho: as for :func:`value_and_grad`.
+    eta: as for :func:`value_and_grad`.
+    p: as for :func:`value_and_grad`.
+    normalization: as for :func:`value_and_grad`.
+    normalize: as for :func:`value_and_grad`.
+    perturb: as for :func:`value_and_grad`.
+    **options: the other options of :func:`value_and_grad`.
+
+  Returns:
+    A function with the arguments of ``fun`` that returns ``grads``, or
+    ``(grads, aux)`` with ``has_aux``, as ``nnx.grad`` does; followed by an
+    :class:`asam_jax.AscentInfo` if ``with_info``.
+
+  Raises:
+    ValueError, TypeError: as :func:`value_and_grad` does.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> import asam_jax.nnx
+    >>> class Scale(nnx.Module):
+    ...   def __init__(self):
+    ...     self.w = nnx.Param(jnp.array([3.0, 4.0]))
+    >>> grads = asam_jax.nnx.grad(lambda m: jnp.sum(m.w**2), rho=0.1, eta=0.0)(Scale())
+    >>> print(grads.w[...].tolist())
+    [6.294, 8.697]
+  """
+  transformed = value_and_grad(
+      fun, argnums, has_aux, rho=rho, eta=eta, p=p, normalization=normalization,
+      normalize=normalize, perturb=perturb, **options,
+  )
+  return _door.without_value(transformed, fun, has_aux)
+
+
+def microbatched(
+    fun: Callable[..., Any], size: int, argnums: int | Sequence[int] = 1
+) -> Callable[..., Any]:
+  """:func:`asam_jax.microbatched` for functions of modules, such as NNX's gradients.
+
+  The results are averaged over the microbatches. What the function does to its
+  modules (batch statistics, random counts) goes on from one microbatch to the next, as
+  in a loop over them, and is in the modules afterwards.
+
+  Args:
+    fun: a function of modules and other arguments, such as
+      ``nnx.value_and_grad(loss_fn)``.
+    size: the number of rows in a microbatch; it must divide the batch.
+    argnums: which positional arguments are the batch.
+
+  Returns:
+    A function with the arguments and results of ``fun``.
+
+  Raises:
+    ValueError, TypeError: as :func:`asam_jax.microbatched` does.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> import asam_jax.nnx
+    >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    >>> loss = lambda model, x: jnp.mean(model(x) ** 2)
+    >>> in_pieces = asam_jax.nnx.microbatched(nnx.value_and_grad(loss), size=2)
+    >>> value, grads = in_pieces(model, jnp.ones((8, 3)))
+  """
+  places = _microbatched.checked_places(fun, size, argnums)
+
+  @functools.wraps(fun)
+  def wrapped(*args: Any, **kwargs: Any) -> Any:
+    batch = _microbatched.chosen(args, places)
+    rest = _microbatched.replaced(args, places, [None] * len(places))
+    graph, state = nnx.split((rest, kwargs))
+
+    def on_piece(state, piece):
+      rest, kwargs = nnx.merge(graph, state)
+      result = fun(*_microbatched.replaced(rest, places, piece), **kwargs)
+      return nnx.state((rest, kwargs)), result
+
+    state, result = _microbatched.averaged(on_piece, state, batch, size)
+    nnx.update((rest, kwargs), state)
+    return result
 
   return wrapped
 
@@ -186,17 +298,59 @@ def grad_fn(
     >>> print(bool(losses[-1] < 0.1 * losses[0]))
     True
   """
+  gradient = jax.grad(
+      value_fn(fun, *args, argnums=argnums, has_aux=has_aux, **kwargs), has_aux=False
+  )
+  return gradient
+
+
+def value_fn(
+    fun: Callable[..., Any],
+    *args: Any,
+    argnums: int | nnx.DiffState = 0,
+    has_aux: bool = False,
+    **kwargs: Any,
+) -> Callable[[Any], Any]:
+  """The ``value_fn`` for ``nnx.Optimizer.update``: the loss of :func:`grad_fn`.
+
+  For :func:`asam_jax.adaptive_sam` with ``with_info=True``, which reports the loss at
+  the perturbed point: ``optimizer.update(model, grads, value=loss, value_fn=value_fn)``.
+
+  Args:
+    fun: as for :func:`grad_fn`; make it before the forward pass, too.
+    *args: likewise.
+    argnums: likewise.
+    has_aux: likewise.
+    **kwargs: likewise.
+
+  Returns:
+    A function ``params -> loss`` on ``nnx.as_pure(nnx.state(module, nnx.Param))``.
+
+  Raises:
+    TypeError: as :func:`value_and_grad` does.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> import asam_jax.nnx
+    >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    >>> loss = lambda model, x: jnp.mean(model(x) ** 2)
+    >>> value_fn = asam_jax.nnx.value_fn(loss, model, jnp.ones((8, 3)))
+    >>> params = nnx.as_pure(nnx.state(model, nnx.Param))
+    >>> print(bool(value_fn(params) == loss(model, jnp.ones((8, 3)))))
+    True
+  """
   place, wrt = _differentiated(argnums)
   _params(args, place, wrt)  # for its errors
   start = nnx.clone((args, kwargs))
 
-  def gradient_at(params: Any) -> Any:
+  def value_at(params: Any) -> Any:
     args, kwargs = nnx.clone(start)  # each call starts from the same state
     nnx.update(args[place], params)
-    grads = nnx.grad(fun, argnums=argnums, has_aux=has_aux)(*args, **kwargs)
-    return _pure(grads[0] if has_aux else grads, wrt)
+    result = fun(*args, **kwargs)
+    return result[0] if has_aux else result
 
-  return gradient_at
+  return value_at
 
 
 def _differentiated(argnums: Any) -> tuple[int, Any]:

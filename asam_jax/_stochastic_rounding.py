@@ -7,6 +7,8 @@ from jax import tree_util as jtu
 import jax.numpy as jnp
 import optax
 
+from asam_jax import _arguments
+
 
 class StochasticRoundingState(NamedTuple):
   """State of :func:`stochastic_rounding`.
@@ -79,12 +81,13 @@ def stochastic_rounding(
           "params=None: the rounding is that of params + perturbation; call"
           " update(epsilon, state, params)."
       )
+    _arguments.tree_like("the perturbation", updates, params)
     next_key, key = jax.random.split(state.key)
     leaves, treedef = jtu.tree_flatten(updates)
-    keys = jax.random.split(key, max(len(leaves), 1))
+    keys = jax.random.split(key, len(leaves))
     rounded = [
         _round(k, w, e)
-        for k, w, e in zip(keys, jtu.tree_leaves(params), leaves, strict=False)
+        for k, w, e in zip(keys, jtu.tree_leaves(params), leaves, strict=True)
     ]
     return jtu.tree_unflatten(treedef, rounded), StochasticRoundingState(next_key)
 

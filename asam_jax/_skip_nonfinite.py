@@ -7,7 +7,9 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from asam_jax import _metrics
+from asam_jax import _info
+from asam_jax import _trees
+from asam_jax import _two_passes
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -25,8 +27,8 @@ class SkipNonfiniteState(NamedTuple):
 
 
 def skip_nonfinite(
-    link: optax.GradientTransformation,
     base_tx: optax.GradientTransformation,
+    link: optax.GradientTransformation,
     *,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -46,9 +48,9 @@ def skip_nonfinite(
   Cost: one look at each gradient and a select for each entry of the states.
 
   Args:
+    base_tx: the optimizer that makes the step.
     link: what maps the gradient at w to the one at w + epsilon, such as
-      ``perturbed_gradient(ascent(...))`` or ``adaptive_sam(optax.identity(), ...)``.
-    base_tx: the optimizer that makes the step from it.
+      ``perturbed_gradient(ascent(...))``.
     axis_name: for ``pmap`` and ``shard_map``, the mesh axis (or axes) over which the
       devices agree to skip; give it wherever the gradients are local.
 
@@ -56,11 +58,14 @@ def skip_nonfinite(
     An ``optax.GradientTransformationExtraArgs`` with state
     :class:`SkipNonfiniteState`; extra arguments go on to ``link`` and ``base_tx``.
 
+  Raises:
+    TypeError: if base_tx is no base optimizer, or link no link.
+
   Examples:
     >>> import jax, jax.numpy as jnp, optax
     >>> import asam_jax
     >>> link = asam_jax.perturbed_gradient(asam_jax.ascent(rho=0.5, eta=0.0))
-    >>> tx = asam_jax.skip_nonfinite(link, optax.adam(0.1))
+    >>> tx = asam_jax.skip_nonfinite(optax.adam(0.1), link)
     >>> loss = lambda w: jnp.where(w < 1.4, w**2, jnp.inf * w)
     >>> w = jnp.array(1.0)  # is finite, but 1.5 is not
     >>> updates, state = tx.update(
@@ -68,8 +73,7 @@ def skip_nonfinite(
     >>> print(updates, state.skipped)
     0.0 1
   """
-  link = optax.with_extra_args_support(link)
-  base_tx = optax.with_extra_args_support(base_tx)
+  base_tx, link = _two_passes.base(base_tx), _two_passes.link(link)
 
   def init_fn(params):
     return SkipNonfiniteState(
@@ -80,7 +84,7 @@ def skip_nonfinite(
 
   def update_fn(updates, state, params=None, **extra_args):
     grads, link_state = link.update(updates, state.link, params, **extra_args)
-    finite = _metrics.all_finite((updates, grads))
+    finite = _trees.all_finite((updates, grads))
     if axis_name is not None:
       finite = lax.pmin(finite.astype(jnp.int32), axis_name) == 1
     # base_tx gets zeros in place of a NaN: some search until they are content.
@@ -95,12 +99,12 @@ def skip_nonfinite(
         base=_select(finite, base_state, state.base),
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return _two_passes.Optimizer(init_fn, update_fn)
 
 
 def _select(finite: jax.Array, new: Any, old: Any) -> Any:
   """The new where finite, else the old; but what is for the log is always new."""
-  is_info = lambda node: isinstance(node, _metrics.AscentInfo)  # noqa: E731
+  is_info = lambda node: isinstance(node, _info.AscentInfo)  # noqa: E731
   return jax.tree.map(
       lambda n, o: n if is_info(n) else jnp.where(finite, n, o),
       new,

@@ -8,6 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from asam_jax import _arguments
 from asam_jax._varying import vary_as
 
 
@@ -22,7 +23,7 @@ def microbatched(
   is gradient accumulation, and there are two ways to have it with ASAM:
 
   - One perturbation for the batch, the same as without microbatches: both passes
-    accumulate. ``value_and_grad(loss, accumulate=lambda f: microbatched(f, 32))``;
+    accumulate. ``value_and_grad(loss, accumulate=32)``;
     or with an optimizer, ``grad_fn = lambda w: microbatched(jax.grad(loss), 32)(w,
     batch)`` for the incoming gradient as for ``update(..., grad_fn=grad_fn)``.
   - One perturbation per microbatch, m-sharpness with m = ``size`` on one device:
@@ -47,9 +48,10 @@ def microbatched(
     A function with the arguments and results of ``fun``.
 
   Raises:
-    ValueError: if size is no positive integer, or (in the call) does not divide the
-      batch, or the batch axes differ.
-    TypeError: in the call, if a result is neither float nor integer.
+    ValueError: if size is below 1, or (in the call) does not divide the batch, or the
+      batch axes differ.
+    TypeError: if size or argnums is no integer, or (in the call) a result is neither
+      float nor integer.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -57,37 +59,68 @@ def microbatched(
     >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
     >>> w, x = jnp.array([1.0, 1.0]), jnp.array([[1.0, 0.0], [0.0, 2.0]])
     >>> whole = asam_jax.value_and_grad(loss)(w, x)[1]
-    >>> exact = asam_jax.value_and_grad(
-    ...     loss, accumulate=lambda f: asam_jax.microbatched(f, 1))(w, x)[1]
+    >>> exact = asam_jax.value_and_grad(loss, accumulate=1)(w, x)[1]
     >>> per_row = asam_jax.microbatched(asam_jax.value_and_grad(loss), 1)(w, x)[1]
     >>> print(whole.tolist(), exact.tolist(), per_row.tolist())
     [1.122, 5.96] [1.122, 5.96] [1.505, 6.02]
   """
-  if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-    raise ValueError(f"size={size!r} must be a positive integer.")
-  numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+  places = checked_places(fun, size, argnums)
 
   @functools.wraps(fun)
   def wrapped(*args: Any, **kwargs: Any) -> Any:
-    # The range check gives numbers below zero their meaning, too.
-    places = [range(len(args))[number] for number in numbers]
-    pieces = [_split(args[place], size) for place in places]
-    count = _batch_size(pieces, size)
+    def on_piece(carry, piece):
+      return carry, fun(*replaced(args, places, piece), **kwargs)
 
-    def on_piece(piece):
-      given = list(args)
-      for place, value in zip(places, piece, strict=True):
-        given[place] = value
-      return fun(*given, **kwargs)
-
-    def body(sums, piece):
-      return jax.tree.map(lambda s, x: s + x, sums, on_piece(piece)), None
-
-    shapes = jax.eval_shape(on_piece, jax.tree.map(lambda x: x[0], pieces))
-    sums, _ = lax.scan(body, jax.tree.map(_start, shapes), pieces)
-    return jax.tree.map(lambda s, x: _finish(s, x.dtype, count), sums, shapes)
+    return averaged(on_piece, (), chosen(args, places), size)[1]
 
   return wrapped
+
+
+def checked_places(fun: Any, size: Any, argnums: Any) -> tuple[int, ...]:
+  """The numbers of the batch arguments, all arguments checked."""
+  _arguments.function("fun", fun, "of a batch")
+  _arguments.count("size", size)
+  _arguments.argnums(argnums)
+  return (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+
+def chosen(args: Sequence[Any], places: Sequence[int]) -> list[Any]:
+  """The arguments at these places; below zero they count from the end."""
+  if not all(-len(args) <= place < len(args) for place in places):
+    raise TypeError(
+        f"argnums={tuple(places)} with {len(args)} positional arguments; pass the batch"
+        " by position, and name its places."
+    )
+  return [args[place] for place in places]
+
+
+def replaced(
+    args: Sequence[Any], places: Sequence[int], values: Sequence[Any]
+) -> list[Any]:
+  """The arguments with other values at these places."""
+  result = list(args)
+  for place, value in zip(places, values, strict=True):
+    result[place] = value
+  return result
+
+
+def averaged(
+    on_piece: Callable[[Any, Any], tuple[Any, Any]], carry: Any, batch: Any, size: int
+) -> tuple[Any, Any]:
+  """(last carry, mean result) of ``on_piece(carry, piece) -> (carry, result)``."""
+  pieces = [_split(each, size) for each in batch]
+  count = _batch_size(pieces, size)
+  first = jax.tree.map(lambda x: x[0], pieces)
+  shapes = jax.eval_shape(lambda carry, piece: on_piece(carry, piece)[1], carry, first)
+
+  def body(state, piece):
+    carry, sums = state
+    carry, results = on_piece(carry, piece)
+    return (carry, jax.tree.map(lambda s, x: s + x, sums, results)), None
+
+  start = carry, jax.tree.map(_start, shapes)
+  (carry, sums), _ = lax.scan(body, start, pieces)
+  return carry, jax.tree.map(lambda s, x: _finish(s, x.dtype, count), sums, shapes)
 
 
 def _split(tree: Any, size: int) -> Any:

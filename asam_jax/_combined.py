@@ -1,26 +1,17 @@
-"""Methods that make more of the second gradient, as links to compose.
-
-Several need no name of their own, as they are compositions:
-
-- VaSSO: ``perturbed_gradient(optax.chain(optax.ema(0.9), ascent(...)))``
-- Friendly SAM: ``perturbed_gradient(optax.chain(subtract_ema(0.9), ascent(...)))``
-- SAM-ON: ``ascent(..., perturb=<the leaves of normalization layers>)``
-- GSAM: ``combined(perturbed_gradient(ascent(...)), surrogate_gap(0.4))``
-- ascent on a part of the batch: pass the gradient of that part as ``grads`` and
-  the gradient of the whole batch as ``grad_fn``
-"""
+"""What to make of the clean and the perturbed gradient, and of several ascents."""
 
 from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
-from jax import tree_util as jtu
 import jax.numpy as jnp
 import optax
 
-from asam_jax import _checks
-from asam_jax._norm import norm
+from asam_jax import _arguments
+from asam_jax import _trees
+from asam_jax import _two_passes
 
 
 def combined(
@@ -67,13 +58,16 @@ def combined(
     Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
     Regularization Term <https://arxiv.org/abs/2305.15817>`_, 2023
   """
-  link = optax.with_extra_args_support(link)
+  link = _two_passes.link(link)
+  _arguments.function("combine", combine, "(clean, perturbed) -> gradient")
 
   def update_fn(updates, state, params=None, **extra_args):
     perturbed, state = link.update(updates, state, params, **extra_args)
-    return combine(updates, perturbed), state
+    result = combine(updates, perturbed)
+    _arguments.descent_gradient(result, params, f"combine={combine!r}")
+    return result, state
 
-  return optax.GradientTransformationExtraArgs(link.init, update_fn)
+  return _two_passes.Link(link.init, update_fn)
 
 
 def surrogate_gap(
@@ -108,13 +102,17 @@ def surrogate_gap(
     Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
     <https://arxiv.org/abs/2203.08065>`_, 2022
   """
+  _arguments.scalar("alpha", alpha, low=-math.inf)
 
   def combine(clean, perturbed):
     # The difference has the same orthogonal part, and is exactly zero at rho = 0.
-    difference = jax.tree.map(lambda g, h: f32(g) - f32(h), clean, perturbed)
-    orthogonal = orthogonal_part(difference, perturbed)
-    return jax.tree.map(
-        lambda h, part: (f32(h) - alpha * part).astype(h.dtype), perturbed, orthogonal
+    difference = _trees.map_floats(
+        lambda g, h: _trees.f32(g) - _trees.f32(h), clean, perturbed
+    )
+    orthogonal = _trees.orthogonal_part(difference, perturbed)
+    return _trees.map_floats(
+        lambda h, part: (_trees.f32(h) - alpha * part).astype(h.dtype),
+        perturbed, orthogonal,
     )
 
   return combine
@@ -173,24 +171,25 @@ def subtract_ema(
     Li et al., `Friendly Sharpness-Aware Minimization
     <https://arxiv.org/abs/2403.12350>`_, 2024
   """
-  if not 0 <= decay < 1:
-    raise ValueError(f"decay={decay!r} must be in [0, 1).")
+  _arguments.scalar("decay", decay, high=1)
+  _arguments.scalar("sigma", sigma, low=-math.inf)
 
   def init_fn(params):
     return SubtractEmaState(
-        jnp.zeros((), jnp.int32), optax.tree_utils.tree_zeros_like(params)
+        jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params)
     )
 
   def update_fn(updates, state, params=None):
     del params
+    _arguments.tree_like("the gradient", updates, state.ema)
     first = state.count == 0
-    rest = jax.tree.map(
+    rest = _trees.map_floats(
         lambda g, m: jnp.where(first, g, g - sigma * m), updates, state.ema
     )
-    ema = jax.tree.map(
-        lambda g, m: jnp.where(first, g, decay * m + (1 - decay) * g).astype(m.dtype),
-        updates,
+    ema = _trees.map_floats(
+        lambda m, g: jnp.where(first, g, decay * m + (1 - decay) * g).astype(m.dtype),
         state.ema,
+        updates,
     )
     count = jnp.asarray(optax.safe_increment(state.count))
     return rest, SubtractEmaState(count, ema)
@@ -241,9 +240,8 @@ def iterated(
     >>> print(f"{jnp.linalg.norm(epsilon / w):.2f} {loss(w + epsilon):.2f}")
     0.50 11.60
   """
-  if not (isinstance(steps, int) and steps >= 1):
-    raise ValueError(f"steps={steps!r} must be an integer of at least 1.")
-  ascent_tx = optax.with_extra_args_support(ascent_tx)
+  _arguments.count("steps", steps)
+  ascent_tx = _two_passes.ascent_chain(ascent_tx)
 
   def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
     if params is None:
@@ -259,10 +257,10 @@ def iterated(
 
     def body(i, epsilon):
       grads = grad_fn(optax.apply_updates(params, epsilon))
-      _checks.descent_gradient(grads, params, "grad_fn")
+      _arguments.descent_gradient(grads, params, "grad_fn")
       target, _ = ascend(grads)
       share = 2 / (i + 2)
-      return jax.tree.map(
+      return _trees.map_floats(
           lambda e, t: (e + share * (t - e)).astype(e.dtype), epsilon, target
       )
 
@@ -270,28 +268,3 @@ def iterated(
     return lax.fori_loop(1, steps, body, epsilon), new_state
 
   return optax.GradientTransformationExtraArgs(ascent_tx.init, update_fn)
-
-
-def f32(x: jax.Array) -> jax.Array:
-  """In float32 at least: half precision neither sums nor squares safely."""
-  return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-
-
-def tree_norm(tree: Any) -> jax.Array:
-  """||x||_2 over the whole tree, in float32 at least."""
-  return norm([f32(x) for x in jtu.tree_leaves(tree)], 2)
-
-
-def unit_vector(tree: Any) -> Any:
-  """The vector x / ||x||_2 over the whole tree, in float32 at least; zero for zero."""
-  length = tree_norm(tree)
-  length = jnp.where(length == 0, 1, length)
-  return jax.tree.map(lambda x: f32(x) / length, tree)
-
-
-def orthogonal_part(tree: Any, along: Any) -> Any:
-  """What is left of x without its component along another tree, in float32 at least."""
-  unit = unit_vector(along)
-  products = jax.tree.map(lambda x, u: jnp.sum(f32(x) * u), tree, unit)
-  product = sum(jtu.tree_leaves(products), start=jnp.zeros(()))
-  return jax.tree.map(lambda x, u: f32(x) - product * u, tree, unit)

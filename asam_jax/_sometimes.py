@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from asam_jax import _checks
-from asam_jax import _variants as _v
+from asam_jax import _arguments
+from asam_jax import _trees
+from asam_jax import _two_passes
 
 
 class Gate(NamedTuple):
@@ -119,13 +120,12 @@ def sometimes(
     Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
     <https://arxiv.org/abs/2203.02714>`_, 2022
   """
-  if not 0 <= reuse < float("inf"):
-    raise ValueError(f"reuse={reuse!r} must be a finite number >= 0.")
+  _arguments.scalar("reuse", reuse)
   gate = when if isinstance(when, Gate) else _gate_of_step(when)
-  link = optax.with_extra_args_support(link)
+  link = _two_passes.link(link)
 
   def init_fn(params):
-    reused = optax.tree_utils.tree_zeros_like(params) if reuse else ()
+    reused = jax.tree.map(jnp.zeros_like, params) if reuse else ()
     return SometimesState(gate.init(params), link.init(params), reused)
 
   def update_fn(updates, state, params=None, *, ascend=None, **extra_args):
@@ -133,7 +133,7 @@ def sometimes(
       raise ValueError(
           "params=None: call update(grads, state, params, grad_fn=grad_fn)."
       )
-    _checks.descent_gradient(updates, params, "the gradient passed to update")
+    _arguments.tree_like("the gradient", updates, params)
     decision, gate_state = gate.update(updates, state.gate)
 
     def perturbed():
@@ -153,7 +153,7 @@ def sometimes(
       grads, *rest = lax.cond(_scalar_bool(chosen), perturbed, skipped)
     return grads, SometimesState(gate_state, *rest)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return _two_passes.Link(init_fn, update_fn)
 
 
 class AboveAverageState(NamedTuple):
@@ -212,8 +212,8 @@ def above_average(
     Jiang et al., `An Adaptive Policy to Employ Sharpness-Aware Minimization
     <https://arxiv.org/abs/2304.14647>`_, 2023
   """
-  if not 0 <= decay < 1:
-    raise ValueError(f"decay={decay!r} must be in [0, 1).")
+  threshold = _arguments.scalar_or_schedule("threshold", threshold, low=-jnp.inf)
+  _arguments.scalar("decay", decay, high=1)
 
   def init_fn(params):
     del params
@@ -224,7 +224,7 @@ def above_average(
     )
 
   def update_fn(grads, state):
-    square = jnp.square(_v.tree_norm(grads).astype(jnp.float32))
+    square = jnp.square(_trees.norm(grads).astype(jnp.float32))
     mean = decay * state.mean + (1 - decay) * square
     variance = decay * state.variance + (1 - decay) * jnp.square(square - mean)
     c = threshold(state.count) if callable(threshold) else threshold
@@ -252,7 +252,7 @@ def _gate_of_step(when: Any) -> Gate:
 
 
 def _scalar_bool(decision: Any) -> jax.Array:
-  if jnp.shape(decision) != () or _checks.dtype_of(decision) != jnp.bool_:
+  if jnp.shape(decision) != () or _arguments.dtype_of(decision) != jnp.bool_:
     raise TypeError(
         f"when (or ascend) gave {decision!r}; it must be a scalar bool, such as"
         " step % 5 == 0."
@@ -263,20 +263,25 @@ def _scalar_bool(decision: Any) -> jax.Array:
 def _new_direction(clean: Any, perturbed: Any) -> Any:
   """The unit vector along the part of the perturbed gradient orthogonal to clean."""
   # From the difference, which is exactly zero where the gradients are equal.
-  difference = jax.tree.map(lambda h, g: _v.f32(h) - _v.f32(g), perturbed, clean)
-  part = _v.orthogonal_part(difference, clean)
+  difference = _trees.map_floats(
+      lambda h, g: _trees.f32(h) - _trees.f32(g), perturbed, clean
+  )
+  part = _trees.orthogonal_part(difference, clean)
   # What is left of two equal gradients after rounding is no direction.
   eps = max(
-      [float(jnp.finfo(g.dtype).eps) for g in jax.tree.leaves(clean)], default=0.0
+      [float(jnp.finfo(g.dtype).eps) for g in jax.tree.leaves(clean)
+       if _arguments.is_float(g)], default=0.0
   )
-  real = _v.tree_norm(part) > 8 * eps * _v.tree_norm(clean)
-  return jax.tree.map(
-      lambda g, u: jnp.where(real, u, 0).astype(g.dtype), clean, _v.unit_vector(part)
+  real = _trees.norm(part) > 8 * eps * _trees.norm(clean)
+  return _trees.map_floats(
+      lambda g, u: jnp.where(real, u, 0).astype(g.dtype), clean,
+      _trees.unit_vector(part),
   )
 
 
 def _add_direction(grads: Any, direction: Any, alpha: float) -> Any:
-  length = alpha * _v.tree_norm(grads)
-  return jax.tree.map(
-      lambda g, v: (_v.f32(g) + length * _v.f32(v)).astype(g.dtype), grads, direction
+  length = alpha * _trees.norm(grads)
+  return _trees.map_floats(
+      lambda g, v: (_trees.f32(g) + length * _trees.f32(v)).astype(g.dtype),
+      grads, direction,
   )

@@ -1,0 +1,154 @@
+"""What a step says about itself: losses, norms, the radius that was reached."""
+
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax import tree_util as jtu
+import jax.numpy as jnp
+
+from asam_jax import _arguments
+from asam_jax import _ascent
+from asam_jax import _geometry as _g
+from asam_jax import _trees
+
+
+class AscentInfo(NamedTuple):
+  """What the two passes of a step say; all scalars.
+
+  :func:`asam_jax.value_and_grad` returns it with ``with_info=True``, and
+  :func:`asam_jax.adaptive_sam` keeps it in its state with ``with_info=True``. No
+  entry costs a pass through the model. Under ``jit``, entries of
+  ``value_and_grad`` that are not used are not computed.
+
+  Attributes:
+    value: the loss L(w).
+    perturbed_value: the loss L(w + epsilon).
+    gap: L(w + epsilon) - L(w), the sharpness that one ascent step finds.
+    predicted_gap: rho ||T_w g||_q, the gap to first order: the ``sharpness`` of
+      :class:`asam_jax.AscentState`.
+    gradient_norm: ||g||_2 of the gradient at w.
+    normalized_gradient_norm: ||T_w g||_q, over the perturbed leaves.
+    cosine: of the angle between the gradients at w and at w + epsilon; 0 if one of
+      them is zero. For this the gradient at w is kept during the second pass, one
+      copy of the parameters.
+    radius: ||T_w^{-1} ((w + epsilon) - w)||_p, the radius after rounding to the
+      dtypes of the parameters. It is rho unless they are too coarse, and 0 for a zero
+      gradient.
+    kept_share: <g, (w + epsilon) - w> / predicted_gap, what rounding leaves of the
+      perturbation along the gradient. It is 1 unless the parameters are too coarse;
+      clearly below 1, see :func:`asam_jax.stochastic_rounding`. (The radius may be
+      near rho all the same, for rounding adds noise to what it leaves.)
+    nonfinite_steps: the number of steps so far in which one of the two gradients
+      had a NaN or an inf, those that :func:`asam_jax.skip_nonfinite` skips, int32.
+      ``value_and_grad`` has no state and counts its own step only.
+  """
+
+  value: jax.Array
+  perturbed_value: jax.Array
+  gap: jax.Array
+  predicted_gap: jax.Array
+  gradient_norm: jax.Array
+  normalized_gradient_norm: jax.Array
+  cosine: jax.Array
+  radius: jax.Array
+  kept_share: jax.Array
+  nonfinite_steps: jax.Array
+
+
+def empty(geometry: _g.Geometry, params: Any) -> AscentInfo:
+  """The info before the first step."""
+  zero = jnp.zeros((), _g.sum_dtype(geometry.rules(params)))
+  info = AscentInfo(*[zero] * len(AscentInfo._fields))
+  return info._replace(nonfinite_steps=jnp.zeros((), jnp.int32))
+
+
+def next_info(last: AscentInfo, info: AscentInfo) -> AscentInfo:
+  """The info with the steps counted so far, in the dtypes of the last one."""
+  info = info._replace(nonfinite_steps=last.nonfinite_steps + info.nonfinite_steps)
+  return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), info, last)
+
+
+def measured(geometry: _g.Geometry, passes: Any, plain: bool) -> AscentInfo:
+  """The info of one step; ``plain`` if epsilon is the closed form in this geometry."""
+  _check_losses(passes.clean.value, passes.perturbed.value)
+  ascent = ascent_state(passes.ascent)
+  sharpness, dual_norm = ascent.sharpness, ascent.dual_norm
+  clean, perturbed = passes.clean.grads, passes.perturbed.grads
+  length, other = (jnp.sqrt(_trees.dot(g, g)) for g in (clean, perturbed))
+  finite = _trees.all_finite((clean, perturbed))
+  if plain and not _is_coarse(geometry, passes.params):  # nothing is lost to rounding
+    moved = dual_norm != 0
+    radius = jnp.where(moved, sharpness / jnp.where(moved, dual_norm, 1), 0)
+    kept_share = jnp.ones_like(radius)
+  else:
+    moves = _moves(geometry, passes.params, passes.point)
+    radius = geometry.norm(moves, passes.params)
+    kept_share = _ratio(_trees.dot(clean, moves), sharpness, where_zero=1)
+  return AscentInfo(
+      value=passes.clean.value,
+      perturbed_value=passes.perturbed.value,
+      gap=passes.perturbed.value - passes.clean.value,
+      predicted_gap=sharpness,
+      gradient_norm=length,
+      normalized_gradient_norm=dual_norm,
+      cosine=_ratio(_ratio(_trees.dot(clean, perturbed), length), other),
+      radius=radius,
+      kept_share=kept_share,
+      nonfinite_steps=jnp.where(finite, 0, 1).astype(jnp.int32),
+  )
+
+
+def ascent_state(state: Any) -> _ascent.AscentState:
+  """The state of the one ascent in the state of an ascent chain."""
+  is_ascent = lambda node: isinstance(node, _ascent.AscentState)  # noqa: E731
+  found = [x for x in jtu.tree_leaves(state, is_leaf=is_ascent) if is_ascent(x)]
+  if len(found) != 1:
+    raise ValueError(
+        f"the ascent chain has {len(found)} asam_jax.ascent in it; an AscentInfo needs"
+        " exactly one, to tell its sharpness."
+    )
+  return found[0]
+
+
+def _check_losses(value: Any, perturbed_value: Any) -> None:
+  if value is None or perturbed_value is None:
+    raise ValueError(
+        "an AscentInfo has the losses of both passes: call update(grads, state, params,"
+        " value=loss, value_fn=value_fn) with the loss at params and"
+        " value_fn(params) -> loss. grad_fn alone does not tell the loss."
+    )
+  _arguments.real("value", value)
+
+
+def _is_coarse(geometry: _g.Geometry, params: Any) -> bool:
+  """Whether a perturbed leaf has fewer than 32 bits."""
+  return any(
+      jnp.finfo(_arguments.dtype_of(rule.leaf)).bits < 32
+      for rule in geometry.rules(params)
+      if rule.perturbed
+  )
+
+
+def _moves(geometry: _g.Geometry, params: Any, point: Any) -> Any:
+  """(w + epsilon) - w, as the dtypes of the parameters can hold it."""
+  rules = geometry.rules(params)
+  dtype = _g.sum_dtype(rules)
+  moves = [
+      _as_stored(there, dtype) - jnp.asarray(rule.leaf, dtype)
+      if rule.perturbed
+      else jnp.zeros_like(rule.leaf)
+      for rule, there in zip(rules, jtu.tree_leaves(point), strict=True)
+  ]
+  return jtu.tree_unflatten(jtu.tree_structure(params), moves)
+
+
+def _as_stored(x: Any, dtype: Any) -> jax.Array:
+  """In a wider dtype, rounded to its own: XLA drops a mere cast back and forth."""
+  x = jnp.asarray(x)
+  own = jnp.finfo(x.dtype)
+  return lax.reduce_precision(x.astype(dtype), own.nexp, own.nmant)
+
+
+def _ratio(x: jax.Array, y: jax.Array, where_zero: float = 0) -> jax.Array:
+  return jnp.where(y == 0, where_zero, x / jnp.where(y == 0, 1, y))

@@ -1,0 +1,301 @@
+"""The two passes of a step, and the link that makes them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+import weakref
+
+import jax
+from jax import lax
+import optax
+
+from asam_jax import _arguments
+from asam_jax import _geometry as _g
+from asam_jax import _info
+from asam_jax import _notes
+
+
+class Link(optax.GradientTransformationExtraArgs):
+  """A transformation from the gradient at w to the one to descend along."""
+
+  __slots__ = ()
+
+
+class Optimizer(optax.GradientTransformationExtraArgs):
+  """A whole optimizer that perturbs; it is no base optimizer, no link, no ascent."""
+
+  __slots__ = ()
+
+
+class Pass(NamedTuple):
+  """What one pass through the model gives at one point.
+
+  Attributes:
+    grads: the gradient there.
+    value: the loss, or None where the caller did not tell it.
+    result: all that was returned beside the gradient.
+  """
+
+  grads: Any
+  value: Any = None
+  result: Any = None
+
+
+class TwoPasses(NamedTuple):
+  """What both passes gave, and the gradient to descend along."""
+
+  params: Any
+  point: Any
+  clean: Pass
+  perturbed: Pass
+  grads: Any
+  ascent: Any
+
+
+def two_passes(
+    evaluate: Callable[[Any], Pass],
+    ascent_tx: optax.GradientTransformationExtraArgs,
+    ascent_state: Any,
+    params: Any,
+    clean: Pass | None = None,
+    *,
+    axis_name: Any = None,
+    average_ascent: bool = False,
+    source: str = "the function",
+    extra_args: dict[str, Any] | None = None,
+) -> TwoPasses:
+  """Clean pass, ascent chain, perturbed pass; every door comes here.
+
+  ``evaluate`` is called at w + epsilon, and at w unless ``clean`` is given; ``source``
+  names in errors what it calls.
+  """
+  try:
+    clean = evaluate(params) if clean is None else clean
+    if average_ascent:
+      clean = clean._replace(grads=lax.pmean(clean.grads, axis_name))
+    epsilon, ascent_state = ascent_tx.update(
+        clean.grads,
+        ascent_state,
+        params,
+        grad_fn=lambda point: evaluate(point).grads,  # for several ascent steps
+        **(extra_args or {}),
+    )
+    point = optax.apply_updates(params, epsilon)
+    perturbed = evaluate(point)
+  except Exception as error:
+    _notes.explain(error, params)
+    raise
+  _arguments.descent_gradient(perturbed.grads, params, source)
+  grads = perturbed.grads
+  if axis_name is not None:
+    grads = lax.pmean(grads, axis_name)
+  return TwoPasses(params, point, clean, perturbed, grads, ascent_state)
+
+
+class PerturbedGradientState(NamedTuple):
+  """State of :func:`perturbed_gradient`.
+
+  Attributes:
+    ascent: the state of the ascent chain; for a plain :func:`asam_jax.ascent` an
+      :class:`asam_jax.AscentState` with the step count and the sharpness.
+    info: an :class:`asam_jax.AscentInfo` if one was asked for, otherwise None.
+  """
+
+  ascent: optax.OptState
+  info: Any = None
+
+
+def perturbed_gradient(
+    ascent_tx: optax.GradientTransformation,
+    *,
+    axis_name: Any = None,
+    info: _g.Geometry | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Replaces the gradient at w by the gradient at w + epsilon.
+
+  .. math::
+
+    g \mapsto \nabla L(w + \hat\epsilon), \qquad
+    \hat\epsilon = \mathrm{ascent}(g, w)
+
+  ``update(grads, state, params, grad_fn=grad_fn)`` takes the gradient at params,
+  which you have anyway, and calls ``grad_fn(params) -> grads`` once, at the
+  perturbed point. So a step costs two gradients. ``value_fn(params) -> loss`` may
+  be passed in its place. Both passes should see the same batch and the same
+  random keys: let ``grad_fn`` close over them.
+
+  Args:
+    ascent_tx: the ascent chain: any transformation that maps a gradient to the
+      perturbation to add, such as :func:`asam_jax.ascent`, alone or behind other
+      links.
+    axis_name: for ``pmap`` and ``shard_map``, the mesh axis (or axes) over which
+      the gradient at the perturbed point is averaged. Pass local gradients for an
+      ascent per device (m-sharpness, one all-reduce a step), averaged ones for a
+      common ascent. Under ``jit`` with sharded arrays leave it None.
+    info: the :class:`asam_jax.Geometry` in which to measure an
+      :class:`asam_jax.AscentInfo` of the last step, which is kept in the state; None
+      for none. ``update`` then needs ``value``, the loss at w, and ``value_fn``.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs`` with state
+    :class:`PerturbedGradientState`. Extra arguments go on to ``ascent_tx``.
+
+  Raises:
+    ValueError: in ``update``, without params, without grad_fn and value_fn, or with
+      info and without value or value_fn.
+    TypeError: if ascent_tx is no transformation, or one that makes whole steps; in
+      ``update``, if grad_fn's result has another structure, shape or dtype than
+      params.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import asam_jax
+    >>> loss = lambda w: jnp.sum(w**2)
+    >>> tx = asam_jax.perturbed_gradient(asam_jax.ascent(rho=0.1, eta=0.0))
+    >>> w = jnp.array([3.0, 4.0])
+    >>> grads, state = tx.update(
+    ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
+    >>> print(grads.tolist())  # 2 (w + epsilon)
+    [6.294, 8.697]
+  """
+  return link_of(ascent_tx, axis_name, info, plain=False)
+
+
+def link_of(
+    ascent_tx: Any, axis_name: Any, info: _g.Geometry | None, plain: bool
+) -> Link:
+  """``perturbed_gradient``; ``plain`` if ascent_tx is the closed form in ``info``."""
+  ascent_tx = ascent_chain(ascent_tx)
+  if info is not None and not isinstance(info, _g.Geometry):
+    raise TypeError(f"info={info!r} must be an asam_jax.Geometry or None.")
+
+  def init_fn(params: optax.Params) -> PerturbedGradientState:
+    state = ascent_tx.init(params)
+    no_second_ascent(state)
+    return PerturbedGradientState(
+        state, None if info is None else _info.empty(info, params)
+    )
+
+  def update_fn(updates, state, params=None, *, grad_fn=None, value_fn=None,
+                **extra_args):
+    _check_update(updates, params, grad_fn, value_fn)
+    if grad_fn is None or (info is not None and value_fn is not None):
+      source, evaluate = "value_fn's gradient", _evaluation(value_fn)
+    else:
+      source, evaluate = "grad_fn", lambda point: Pass(grad_fn(point))
+    clean = Pass(updates, extra_args.get("value"))
+    passes = two_passes(
+        evaluate, ascent_tx, state.ascent, params, clean,
+        axis_name=axis_name, source=source, extra_args=extra_args,
+    )
+    entry = state.info
+    if info is not None:
+      geometry = info.at(_info.ascent_state(state.ascent).count)
+      entry = _info.next_info(entry, _info.measured(geometry, passes, plain))
+    return passes.grads, PerturbedGradientState(passes.ascent, entry)
+
+  return Link(init_fn, update_fn)
+
+
+def _evaluation(value_fn: Callable[[Any], Any]) -> Callable[[Any], Pass]:
+  def evaluate(point):
+    value, grads = jax.value_and_grad(value_fn)(point)
+    return Pass(grads, value)
+
+  return evaluate
+
+
+def _check_update(updates: Any, params: Any, grad_fn: Any, value_fn: Any) -> None:
+  if params is None:
+    raise ValueError(
+        "params=None: the gradient is taken at the perturbed parameters; call"
+        " update(grads, state, params, grad_fn=grad_fn)."
+    )
+  if grad_fn is None and value_fn is None:
+    raise ValueError(
+        "grad_fn=None: the gradient at the perturbed point is missing; pass"
+        " update(..., grad_fn=grad_fn) with grad_fn(params) -> grads on the same"
+        " batch, or value_fn=value_fn with value_fn(params) -> loss. Flax's"
+        " TrainState.apply_gradients hands no such argument on: there, take the"
+        " gradient with asam_jax.value_and_grad and give TrainState the base optimizer."
+    )
+  for name, function in (("grad_fn", grad_fn), ("value_fn", value_fn)):
+    if function is not None:
+      _arguments.function(name, function, "of the parameters")
+  if is_perturbed(updates) or hasattr(grad_fn, PERTURBED):
+    raise ValueError(
+        "the gradient comes from asam_jax.value_and_grad or grad, and so is one at"
+        " perturbed parameters already: this would be ASAM twice. Feed the base"
+        " optimizer with it, or take the gradient with jax.value_and_grad."
+    )
+
+
+# What our own function transformations returned, to see ASAM twice where it happens.
+_perturbed: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+PERTURBED = "asam_jax_perturbed"  # the attribute of a function that ascends by itself
+
+
+def mark_perturbed(grads: Any) -> None:
+  """Remembers that these arrays are a gradient at perturbed parameters."""
+  for leaf in jax.tree.leaves(grads):
+    _perturbed[id(leaf)] = leaf
+
+
+def is_perturbed(grads: Any) -> bool:
+  """Whether :func:`mark_perturbed` saw one of these very arrays."""
+  return any(_perturbed.get(id(leaf)) is leaf for leaf in jax.tree.leaves(grads))
+
+
+def ascent_chain(tx: Any) -> optax.GradientTransformationExtraArgs:
+  """The argument ascent_tx, checked."""
+  if isinstance(tx, (Link, Optimizer)):
+    raise TypeError(
+        "ascent_tx is a transformation that takes the second gradient itself, such as"
+        " perturbed_gradient(...) or adaptive_sam(...); give one that maps a gradient"
+        " to a perturbation, such as asam_jax.ascent(rho)."
+    )
+  return _arguments.transformation("ascent_tx", tx, "asam_jax.ascent(rho)")
+
+
+def link(tx: Any) -> optax.GradientTransformationExtraArgs:
+  """The argument link, checked."""
+  if not isinstance(tx, Link):
+    what = "a whole optimizer" if isinstance(tx, Optimizer) else f"{type(tx).__name__}"
+    raise TypeError(
+        f"link is {what}; give what maps the gradient at w to the one at w + epsilon"
+        " and no more, such as asam_jax.perturbed_gradient(asam_jax.ascent(rho)), and"
+        " chain the base optimizer (clipping, ...) behind what you get."
+    )
+  return tx
+
+
+def base(tx: Any) -> optax.GradientTransformationExtraArgs:
+  """The argument base_tx, checked."""
+  if isinstance(tx, (Link, Optimizer)):
+    raise TypeError(
+        "base_tx perturbs by itself; give the optimizer that makes the step from a"
+        " gradient, such as optax.sgd(0.1, momentum=0.9), first, and what perturbs"
+        " after it."
+    )
+  return _arguments.transformation("base_tx", tx, "optax.sgd(0.1, momentum=0.9)")
+
+
+def optimizer(base_tx: Any, link: Link) -> Optimizer:
+  """``optax.chain(link, base_tx)``, checked and marked as a whole optimizer."""
+  chained = optax.chain(link, base(base_tx))
+
+  def init_fn(params):
+    state = chained.init(params)
+    no_second_ascent(state[1])
+    return state
+
+  return Optimizer(init_fn, chained.update)
+
+
+def no_second_ascent(state: Any) -> None:
+  """Raises if a state, of an ascent chain or a base optimizer, perturbs by itself."""
+  stop = lambda node: isinstance(node, PerturbedGradientState)  # noqa: E731
+  if any(map(stop, jax.tree.leaves(state, is_leaf=stop))):
+    raise TypeError(
+        "perturbed_gradient stands inside an ascent chain or a base optimizer: this"
+        " would be ASAM twice. Use it once."
+    )

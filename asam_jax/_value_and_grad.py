@@ -1,0 +1,340 @@
+"""ASAM as a function transformation, with the signatures of JAX's own."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from asam_jax import _arguments
+from asam_jax import _ascent
+from asam_jax import _geometry as _g
+from asam_jax import _info
+from asam_jax import _microbatched
+from asam_jax import _two_passes
+from asam_jax._stochastic_rounding import StochasticRoundingState
+
+RHO = 0.5
+# A gradient function to the same in smaller pieces; or the number of rows in a piece.
+Accumulate = int | Callable[[Callable[..., Any]], Callable[..., Any]] | None
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    rho: Any = RHO,
+    eta: Any = 0.01,
+    p: float = 2,
+    normalization: _g.Normalization = "elementwise",
+    normalize: _g.LeafSelection | None = None,
+    perturb: _g.LeafSelection | None = None,
+    ascent: optax.GradientTransformation | None = None,
+    accumulate: Accumulate = None,
+    axis_name: Any = None,
+    average_ascent: bool = False,
+    with_info: bool = False,
+) -> Callable[..., Any]:
+  r"""``jax.value_and_grad``, but the gradient is taken at w + epsilon.
+
+  .. math::
+
+    w \mapsto \big(L(w),\ \nabla L(w + \hat\epsilon)\big), \qquad
+    \hat\epsilon = \mathrm{ascent}(\nabla L(w), w)
+
+  with :math:`\hat\epsilon` as in :func:`asam_jax.ascent`. Value and aux (metrics,
+  batch statistics) are of the clean pass at w. ``fun`` gets the same arguments in
+  both passes, and so the same batch and the same dropout keys. The optimizer needs
+  no extra arguments, so this works with any of them and with an unmodified
+  ``TrainState``. It costs two gradients.
+
+  There is no state here, so rho and eta are no schedules: build the function inside
+  the training step, with ``rho=schedule(step)``.
+
+  Args:
+    fun: a function with a scalar result, or ``(scalar, aux)`` with ``has_aux``.
+    argnums: which positional arguments are differentiated and perturbed. With
+      several, the norm is over all of them.
+    has_aux: whether ``fun`` returns ``(value, aux)``.
+    rho: the radius of the perturbation, >= 0; a number or a traced scalar.
+    eta: the stabilizer, >= 0; a number or a traced scalar.
+    p: the norm's exponent, a number in [1, inf].
+    normalization: the operator T_w; see :func:`asam_jax.ascent`.
+    normalize: the leaves that get T_w; see :func:`asam_jax.ascent`. Where argnums
+      is a sequence, the selection is over the tuple of these arguments.
+    perturb: the leaves that are perturbed at all; likewise.
+    ascent: an ascent chain in place of the closed form, such as ``iterated(ascent(0.5),
+      3)``, or ``optax.chain(ascent(0.05), stochastic_rounding(key))`` with a new key
+      at each step. It has its own rho and geometry, and must keep no state between
+      steps. (With ``with_info``, eta, p and the selections say in which geometry the
+      info measures.)
+    accumulate: for a batch that does not fit: the number of rows of a microbatch. The
+      first positional argument that is not differentiated is the batch, and both
+      passes go over its microbatches: one perturbation for the whole batch. Or a
+      function that takes ``jax.value_and_grad(fun, argnums, has_aux)`` to the same in
+      smaller pieces, such as ``lambda f: microbatched(f, 32, argnums=(1, 2))``. See
+      :func:`asam_jax.microbatched`.
+    axis_name: for ``pmap`` and ``shard_map``, the mesh axis over which the returned
+      gradient is averaged; the value stays local.
+    average_ascent: whether the ascent gradient is averaged over ``axis_name`` too:
+      one perturbation for all devices, and two all-reduces. By default each device
+      ascends on its own share of the batch (m-sharpness).
+    with_info: whether to return an :class:`AscentInfo` as well.
+
+  Returns:
+    A function with the arguments of ``fun`` that returns ``(value, grad)`` or
+    ``((value, aux), grad)`` as ``jax.value_and_grad`` does; followed by an
+    :class:`AscentInfo` if ``with_info``.
+
+  Raises:
+    ValueError, TypeError: as :func:`asam_jax.ascent` does; TypeError if rho or eta
+      is a schedule; ValueError for average_ascent without axis_name, for both ascent
+      and rho or geometry, and for an ascent chain with a state.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import asam_jax
+    >>> loss = lambda w, x: jnp.sum((w * x) ** 2)
+    >>> w, x = jnp.array([3.0, 4.0]), jnp.array([1.0, 1.0])
+    >>> value, grad = asam_jax.value_and_grad(loss, rho=0.1, eta=0.0)(w, x)
+    >>> print(float(value), grad.tolist())
+    25.0 [6.294, 8.697]
+    >>> value, grad, info = asam_jax.value_and_grad(
+    ...     loss, rho=0.1, eta=0.0, with_info=True)(w, x)
+    >>> print(f"{info.gap:.3f} {info.predicted_gap:.3f}")
+    3.815 3.672
+
+  References:
+    Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
+  """
+  door = Door(
+      _g.Geometry(eta, p, normalization, normalize, perturb),
+      rho, ascent, axis_name, average_ascent, with_info,
+  )
+  _arguments.function("fun", fun, "with a scalar result")
+  _arguments.argnums(argnums)
+  clean = jax.value_and_grad(fun, argnums, has_aux)
+  if accumulate is not None:
+    clean = accumulated(clean, accumulate, argnums)
+
+  @functools.wraps(fun)
+  def wrapped(*args: Any, **kwargs: Any) -> Any:
+    params = _get(args, argnums)
+
+    def evaluate(point):
+      result, grads = clean(*_set(args, argnums, point), **kwargs)
+      return _two_passes.Pass(grads, result[0] if has_aux else result, result)
+
+    return door.passes(_traced_once(evaluate), params)
+
+  setattr(wrapped, _two_passes.PERTURBED, True)
+  return wrapped
+
+
+@dataclasses.dataclass(frozen=True)
+class Door:
+  """The options and the two passes of a function transformation, here and for NNX."""
+
+  geometry: _g.Geometry
+  rho: Any
+  ascent: Any
+  axis_name: Any
+  average_ascent: bool
+  with_info: bool
+
+  def __post_init__(self):
+    for name, value in (("rho", self.rho), ("eta", self.geometry.eta)):
+      if callable(value):
+        raise TypeError(
+            f"{name}={value!r} is a schedule, but a function transformation has no"
+            f" step count; pass {name}=schedule(step) inside the training step."
+        )
+    if self.average_ascent and self.axis_name is None:
+      raise ValueError(
+          "average_ascent=True with axis_name=None: pass the axis_name to average"
+          " the ascent gradient over."
+      )
+    if self.ascent is None:
+      _arguments.scalar("rho", self.rho)
+    else:
+      _two_passes.ascent_chain(self.ascent)
+      self._check_ascent_alone()
+
+  def _check_ascent_alone(self):
+    given = {"rho": self.rho} if self.rho is not RHO else {}
+    if not self.with_info:  # which measures in this geometry
+      default = _g.Geometry()
+      given |= {
+          field.name: getattr(self.geometry, field.name)
+          for field in dataclasses.fields(default)
+          if getattr(self.geometry, field.name) is not getattr(default, field.name)
+      }
+    if given:
+      raise ValueError(
+          f"ascent=... and {', '.join(f'{k}={v!r}' for k, v in given.items())} are both"
+          " given; the ascent chain has its own: write ascent=asam_jax.ascent(rho, eta,"
+          " p, ...)."
+      )
+
+  def passes(
+      self,
+      evaluate: Callable[[Any], _two_passes.Pass],
+      params: Any,
+      clean: _two_passes.Pass | None = None,
+  ) -> tuple[Any, ...]:
+    """(result of the clean pass, gradient to descend along), and the info if asked."""
+    plain = self.ascent is None
+    tx = _ascent.from_geometry(self.rho, self.geometry) if plain else self.ascent
+    state = _stateless(tx.init(params))
+    passes = _two_passes.two_passes(
+        evaluate,
+        optax.with_extra_args_support(tx),
+        state,
+        params,
+        clean,
+        axis_name=self.axis_name,
+        average_ascent=self.average_ascent,
+    )
+    _two_passes.mark_perturbed(passes.grads)
+    result = passes.clean.result, passes.grads
+    if not self.with_info:
+      return result
+    return *result, _info.measured(self.geometry, passes, plain)
+
+
+def _stateless(state: Any) -> Any:
+  """The state of an ascent chain without step counts; raises if it keeps more."""
+  stops = (_ascent.AscentState, StochasticRoundingState)
+  is_known = lambda node: isinstance(node, stops)  # noqa: E731
+  leaves, treedef = jax.tree.flatten(state, is_leaf=is_known)
+  if not all(map(is_known, leaves)):
+    raise ValueError(
+        "ascent=... keeps a state between steps, as optax.ema and subtract_ema do, but"
+        " a function transformation has none: use asam_jax.perturbed_gradient(ascent_tx)"
+        " in the optimizer instead."
+    )
+  return jax.tree.unflatten(
+      treedef, [x._replace(count=None) if hasattr(x, "count") else x for x in leaves]
+  )
+
+
+def _traced_once(evaluate: Callable[[Any], Any]) -> Callable[[Any], Any]:
+  """The same function, which JAX traces and lowers once for both passes of a step."""
+  kept = []  # what the function returns that is no array, and its structure
+
+  @jax.jit
+  def traced(point):
+    leaves, treedef = jax.tree.flatten(evaluate(point))
+    arrays = [isinstance(x, (jax.Array, np.ndarray)) for x in leaves]
+    rest = [None if a else x for x, a in zip(leaves, arrays, strict=True)]
+    kept[:] = [treedef, arrays, rest]
+    return [x for x, is_array in zip(leaves, arrays, strict=True) if is_array]
+
+  def call(point):
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(point)):
+      return evaluate(point)  # without jit around the step it runs as it is written
+    results = iter(traced(point))
+    treedef, arrays, rest = kept
+    leaves = [next(results) if a else x for x, a in zip(rest, arrays, strict=True)]
+    return jax.tree.unflatten(treedef, leaves)
+
+  return call
+
+
+def accumulated(
+    clean: Any,
+    accumulate: Accumulate,
+    argnums: Any,
+    microbatched: Callable[..., Any] = _microbatched.microbatched,
+) -> Any:
+  """The gradient function in smaller pieces of its batch."""
+  if callable(accumulate):
+    return accumulate(clean)
+  size = _arguments.count("accumulate", accumulate)
+  return microbatched(clean, size, _batch_argument(argnums))
+
+
+def _batch_argument(argnums: int | Sequence[int]) -> int:
+  """The first positional argument that is not differentiated."""
+  numbers = {argnums} if isinstance(argnums, int) else set(argnums)
+  return next(i for i in range(len(numbers) + 1) if i not in numbers)
+
+
+def grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    rho: Any = RHO,
+    eta: Any = 0.01,
+    p: float = 2,
+    normalization: _g.Normalization = "elementwise",
+    normalize: _g.LeafSelection | None = None,
+    perturb: _g.LeafSelection | None = None,
+    **options: Any,
+) -> Callable[..., Any]:
+  """``jax.grad``, but the gradient is taken at w + epsilon.
+
+  Args:
+    fun: as for :func:`value_and_grad`.
+    argnums: as for :func:`value_and_grad`.
+    has_aux: whether ``fun`` returns ``(value, aux)``.
+    rho: as for :func:`value_and_grad`.
+    eta: as for :func:`value_and_grad`.
+    p: as for :func:`value_and_grad`.
+    normalization: as for :func:`value_and_grad`.
+    normalize: as for :func:`value_and_grad`.
+    perturb: as for :func:`value_and_grad`.
+    **options: the other options of :func:`value_and_grad`.
+
+  Returns:
+    A function with the arguments of ``fun`` that returns ``grad``, or
+    ``(grad, aux)`` with ``has_aux``, as ``jax.grad`` does; followed by an
+    :class:`AscentInfo` if ``with_info``.
+
+  Raises:
+    ValueError, TypeError: as :func:`value_and_grad` does.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import asam_jax
+    >>> print(asam_jax.grad(lambda w: w**2, rho=0.5, eta=0.0)(jnp.array(2.0)))
+    6.0
+  """
+  transformed = value_and_grad(
+      fun, argnums, has_aux, rho=rho, eta=eta, p=p, normalization=normalization,
+      normalize=normalize, perturb=perturb, **options,
+  )
+  return without_value(transformed, fun, has_aux)
+
+
+def without_value(transformed: Any, fun: Any, has_aux: bool) -> Callable[..., Any]:
+  """What value_and_grad gave, with the results of ``jax.grad``."""
+
+  @functools.wraps(fun)
+  def wrapped(*args: Any, **kwargs: Any) -> Any:
+    value, grads, *info = transformed(*args, **kwargs)
+    result = (grads, value[1]) if has_aux else (grads,)
+    return (*result, *info) if has_aux or info else grads
+
+  setattr(wrapped, _two_passes.PERTURBED, True)
+  return wrapped
+
+
+def _get(args: tuple[Any, ...], argnums: int | Sequence[int]) -> Any:
+  if isinstance(argnums, int):
+    return args[argnums]
+  return tuple(args[index] for index in argnums)
+
+
+def _set(args: tuple[Any, ...], argnums: int | Sequence[int], values: Any) -> list[Any]:
+  if isinstance(argnums, int):
+    argnums, values = (argnums,), (values,)
+  result = list(args)
+  for index, value in zip(argnums, values, strict=True):
+    result[index] = value
+  return result
