@@ -39,7 +39,7 @@ def with_info(base_tx, rho):
 
 def skipping(base_tx, rho):
   link = asam_jax.perturbed_gradient(asam_jax.ascent(rho))
-  return asam_jax.skip_nonfinite(link, base_tx)
+  return asam_jax.skip_nonfinite(base_tx, link)
 
 
 def accumulating(base_tx, rho):
