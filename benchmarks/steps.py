@@ -103,7 +103,7 @@ def steps(loss: Any) -> dict[str, Step]:
           asam_jax.adaptive_sam(base_optimizer(), RHO, ETA), plain, ours
       ),
       "value_and_grad": one_call(
-          base_optimizer(), asam_jax.value_and_grad(loss, RHO, ETA)
+          base_optimizer(), asam_jax.value_and_grad(loss, rho=RHO, eta=ETA)
       ),
   }
   methods_of_sam = {

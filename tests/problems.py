@@ -156,6 +156,7 @@ class Row(NamedTuple):
   make: Callable[..., optax.GradientTransformationExtraArgs]
   rho: float
   needs_grad_fn: bool = True
+  with_info: bool = False
 
   def clean(self, params: Any, state: Any) -> Any:
     return params if self.needs_grad_fn else asam_jax.eval_params(state)
@@ -166,9 +167,7 @@ def _adaptive(**options: Any) -> Callable[..., Any]:
 
 
 def _look_sam(base_tx: Any, rho: Any) -> Any:
-  link = asam_jax.perturbed_gradient(asam_jax.ascent(rho))
-  link = asam_jax.sometimes(link, lambda step: step % 2 == 0, reuse=0.1)
-  return optax.chain(link, base_tx)
+  return asam_jax.looksam(base_tx, rho, k=2, alpha=0.1)
 
 
 def _composed(base_tx: Any, rho: Any) -> Any:
@@ -206,6 +205,10 @@ OPTIMIZERS: dict[str, Row] = {
         needs_grad_fn=False,
     ),
     "look_sam": Row(_look_sam, 0.03),
+    "ae_sam": Row(asam_jax.ae_sam, 0.01),
+    "gsam": Row(lambda base_tx, rho: asam_jax.gsam(base_tx, rho, 0.2), 0.01),
+    "friendly_sam": Row(asam_jax.friendly_sam, 0.01),
+    "vasso": Row(asam_jax.vasso, 0.01),
     "composed": Row(_composed, 0.01),
 }
 
@@ -216,8 +219,10 @@ def step_function(
   """``(params, state) -> (params, state)``, as a user would write it."""
 
   def step(params, state):
-    grads = jax.grad(loss)(params)
-    extra = {"grad_fn": jax.grad(loss)} if row.needs_grad_fn else {}
+    value, grads = jax.value_and_grad(loss)(params)
+    extra = {"value": value, "value_fn": loss} if row.with_info else {}
+    if row.needs_grad_fn and not extra:
+      extra = {"grad_fn": jax.grad(loss)}
     updates, state = tx.update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), state
 

@@ -319,11 +319,11 @@ def test_errors():
   state = tx.init(params)
   with pytest.raises(ValueError, match="params=None"):
     tx.update(params, state)
-  with pytest.raises(TypeError, match="structure and shapes"):
+  with pytest.raises(TypeError, match="gradient has the structure"):
     tx.update((params, {}), state, params)
   momentum_tx = asam_jax.momentum_sam(optax.sgd(0.1))
   grads = {"w": jnp.ones(()), "b": jnp.ones(3)}
-  with pytest.raises(TypeError, match="structure and shapes"):
+  with pytest.raises(TypeError, match=r"gradient\['w'\] has shape"):
     momentum_tx.update(grads, momentum_tx.init(params), params)
   with pytest.raises(TypeError, match=r"dtype=.*int32"):
     asam_jax.carried(optax.sgd(0.1), asam_jax.ascent(), dtype=jnp.int32)
@@ -331,12 +331,6 @@ def test_errors():
     asam_jax.momentum_sam(optax.sgd(0.1), decay=1.0)
   with pytest.raises(ValueError, match="rho=-1"):
     asam_jax.momentum_sam(optax.sgd(0.1), rho=-1)
-  twice = optax.chain(optax.trace(0.9), optax.adam(0.1))
-  with pytest.raises(ValueError, match="2 momenta"):
-    asam_jax.momentum_sam(twice).init(params)
-  partly = optax.masked(optax.trace(0.9), {"w": True, "b": False})
-  with pytest.raises(ValueError, match="does not cover"):
-    asam_jax.momentum_sam(partly).init(params)
   with pytest.raises(ValueError, match="0 CarriedStates"):
     asam_jax.eval_params(optax.sgd(0.1).init(params))
   with pytest.raises(ValueError, match="2 CarriedStates"):

@@ -56,7 +56,7 @@ def rounding(base_tx, rho):
 ROWS = {
     **problems.OPTIMIZERS,
     "typed_key": problems.Row(typed_key, 0.01),
-    "with_info": problems.Row(with_info, 0.01),
+    "with_info": problems.Row(with_info, 0.01, with_info=True),
     "skip_nonfinite": problems.Row(skipping, 0.01),
     "multi_steps_inside": problems.Row(accumulating, 0.01),
     "stochastic_rounding": problems.Row(rounding, 0.01),

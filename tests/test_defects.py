@@ -98,7 +98,7 @@ def test_accumulation_around_the_function_transformation():
 
   @jax.jit
   def step(w, state, g):
-    grads = asam_jax.grad(lambda w: g @ w, 0.0)(w)
+    grads = asam_jax.grad(lambda w: g @ w, rho=0.0)(w)
     updates, state = tx.update(grads, state, w)
     return optax.apply_updates(w, updates), state
 

@@ -84,7 +84,7 @@ def train_by_hand(base_tx, steps):
 def unmodified(base_tx):
   def step(state, batch_stats, key):
     (_, batch_stats), grads = asam_jax.value_and_grad(
-        loss_function(batch_stats, key), RHO, has_aux=True
+        loss_function(batch_stats, key), rho=RHO, has_aux=True
     )(state.params)
     return state.apply_gradients(grads=grads), batch_stats
 
@@ -139,7 +139,7 @@ def test_statistics_are_those_of_one_clean_pass():
   loss_fn = loss_function(VARIABLES["batch_stats"], key)
   _, expected = jax.jit(loss_fn)(VARIABLES["params"])
   # So large a radius that the perturbed pass has quite other statistics.
-  (_, statistics), _ = jax.jit(asam_jax.value_and_grad(loss_fn, 5.0, has_aux=True))(
+  (_, statistics), _ = jax.jit(asam_jax.value_and_grad(loss_fn, rho=5.0, has_aux=True))(
       VARIABLES["params"]
   )
   chex.assert_trees_all_equal(statistics, expected)

@@ -61,7 +61,7 @@ def expected_info(w, rho=0.5, eta=0.01, p=2, normalization="elementwise", pertur
       value=value,
       perturbed_value=perturbed_value,
       gap=perturbed_value - value,
-      sharpness=first_order,
+      predicted_gap=first_order,
       gradient_norm=np.linalg.norm(flat(g)),
       normalized_gradient_norm=problems.oracle_norm(
           [t * g for t, g in zip(ts, gs, strict=True)], q
@@ -97,17 +97,29 @@ def test_every_entry_of_the_optax_door(index):
   chex.assert_trees_all_close(info, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_losses_that_nobody_gave_are_nan_and_the_rest_is_there():
+@pytest.mark.parametrize("given", ["grad_fn", "value, grad_fn", "value_fn"])
+def test_a_loss_that_is_missing_raises(given):
+  tx = asam_jax.sam(optax.sgd(0.1), 0.3, with_info=True)
+  value, grads = value_and_gradient(W)
+  extra = {"value": value, "grad_fn": jax.grad(loss), "value_fn": loss}
+  extra = {name: extra[name] for name in given.split(", ")}
+  with pytest.raises(ValueError, match=r"losses of both passes: .* value=loss, value_fn"):
+    tx.update(grads, tx.init(W), W, **extra)
+
+
+def test_a_loss_that_is_no_scalar_raises():
   tx = asam_jax.sam(optax.sgd(0.1), 0.3, with_info=True)
   _, grads = value_and_gradient(W)
-  update = jax.jit(functools.partial(tx.update, grad_fn=jax.grad(loss)))
-  _, state = update(grads, tx.init(W), W)
+  with pytest.raises(TypeError, match=r"value=.* must be one real number"):
+    tx.update(grads, tx.init(W), W, value=jnp.ones(2), value_fn=loss)
+
+
+def test_there_is_one_sharpness_in_the_state():
+  tx = asam_jax.adaptive_sam(optax.sgd(0.1), with_info=True)
+  value, grads = value_and_gradient(W)
+  _, state = tx.update(grads, tx.init(W), W, value=value, value_fn=loss)
   info = optax.tree_utils.tree_get(state, "info")
-  assert np.isnan([info.value, info.perturbed_value, info.gap]).all()
-  np.testing.assert_allclose(info.radius, 0.3, rtol=1e-5)
-  np.testing.assert_allclose(
-      info.gradient_norm, problems.oracle_norm(jax.tree.leaves(grads), 2), rtol=1e-6
-  )
+  assert optax.tree_utils.tree_get(state, "sharpness") == info.predicted_gap
 
 
 def test_the_info_changes_neither_the_step_nor_the_errors():
@@ -116,13 +128,14 @@ def test_the_info_changes_neither_the_step_nor_the_errors():
       for with_info in (False, True)
   )
   _, grads = value_and_gradient(W)
-  for extra in ({"grad_fn": jax.grad(loss)}, {"value_fn": loss}):
-    expected, got = (
-        jax.jit(functools.partial(tx.update, **extra))(grads, tx.init(W), W)
-        for tx in (plain, recording)
-    )
-    chex.assert_trees_all_equal(got[0], expected[0])
-    chex.assert_trees_all_equal_shapes_and_dtypes(got[1], recording.init(W))
+  expected, got = (
+      jax.jit(functools.partial(tx.update, value_fn=loss))(
+          grads, tx.init(W), W, value=jnp.array(1.0)
+      )
+      for tx in (plain, recording)
+  )
+  chex.assert_trees_all_equal(got[0], expected[0])
+  chex.assert_trees_all_equal_shapes_and_dtypes(got[1], recording.init(W))
   with pytest.raises(ValueError, match="grad_fn=None"):
     recording.update(grads, recording.init(W), W)
   with pytest.raises(ValueError, match="params=None"):
@@ -136,8 +149,8 @@ def test_schedules_and_no_recompilation():
 
   @jax.jit
   def step(w, state):
-    grads = jax.grad(loss)(w)
-    updates, state = tx.update(grads, state, w, grad_fn=jax.grad(loss))
+    value, grads = jax.value_and_grad(loss)(w)
+    updates, state = tx.update(grads, state, w, value=value, value_fn=loss)
     return optax.apply_updates(w, updates), state
 
   w, state = W, tx.init(W)
@@ -147,22 +160,23 @@ def test_schedules_and_no_recompilation():
     np.testing.assert_allclose(info.radius, 0.1 * i, rtol=1e-4)
     assert info.normalized_gradient_norm > 0  # also where rho is zero
     np.testing.assert_allclose(
-        info.sharpness, 0.1 * i * info.normalized_gradient_norm, rtol=1e-5
+        info.predicted_gap, 0.1 * i * info.normalized_gradient_norm, rtol=1e-5
     )
     assert info.kept_share == pytest.approx(1, rel=1e-3)
   assert step._cache_size() == 1
 
 
 def test_the_radius_is_the_length_that_the_measures_have():
-  sharpness = pytest.importorskip("asam_jax.sharpness", reason="needs jaxtyping")
+  geometry = asam_jax.Geometry(p=3)
   tx = asam_jax.adaptive_sam(optax.identity(), 0.3, p=3, with_info=True)
-  _, grads = value_and_gradient(W)
-  update = jax.jit(functools.partial(tx.update, grad_fn=lambda point: point))
-  point, state = update(grads, tx.init(W), W)
+  value, grads = value_and_gradient(W)
+  half_square = lambda w: sum(jnp.sum(x**2) / 2 for x in jax.tree.leaves(w))  # noqa: E731
+  update = jax.jit(functools.partial(tx.update, value_fn=half_square))
+  point, state = update(grads, tx.init(W), W, value=value)
   move = jax.tree.map(lambda a, b: a - b, point, W)
   np.testing.assert_allclose(
       optax.tree_utils.tree_get(state, "info").radius,
-      jax.jit(functools.partial(sharpness.adaptive_norm, p=3))(move, W),
+      geometry.norm(move, W),
       rtol=1e-5,
   )
 
@@ -186,8 +200,9 @@ def test_nonfinite_steps_are_counted():
 
   @jax.jit
   def next_state(state, factor):
-    grad_fn = lambda w: jax.tree.map(lambda x: factor * x, w)  # noqa: E731
-    return tx.update(grad_fn(W), state, W, grad_fn=grad_fn)[1]
+    value_fn = lambda w: factor * jnp.sum(w["kernel"] ** 2)  # noqa: E731
+    value, grads = jax.value_and_grad(value_fn)(W)
+    return tx.update(grads, state, W, value=value, value_fn=value_fn)[1]
 
   state = tx.init(W)
   for factor in (1.0, jnp.nan, 1.0, jnp.inf):

@@ -100,7 +100,7 @@ def test_passes_written_out(transform):
 
   @transform
   def step(model, x, y):
-    return asam_jax.nnx.value_and_grad(loss_fn, RHO, has_aux=True, with_info=True)(
+    return asam_jax.nnx.value_and_grad(loss_fn, rho=RHO, has_aux=True, with_info=True)(
         model, x, y
     )
 
@@ -134,8 +134,8 @@ def test_value_alone_and_diffstate():
   def loss_of_head(head):
     return pure(nnx.State({**whole, "head": head}))[0]
 
-  expected = asam_jax.value_and_grad(loss_of_head, RHO)(head)
-  value, grads = asam_jax.nnx.value_and_grad(fun, RHO, argnums=only_head)(model, X, Y)
+  expected = asam_jax.value_and_grad(loss_of_head, rho=RHO)(head)
+  value, grads = asam_jax.nnx.value_and_grad(fun, rho=RHO, argnums=only_head)(model, X, Y)
   _, by_nnx = nnx.value_and_grad(fun, argnums=only_head)(twin, X, Y)
   assert jax.tree.structure(grads) == jax.tree.structure(by_nnx)
   got = (value, nnx.as_pure(grads)["head"])
@@ -151,8 +151,8 @@ def test_rngs_as_an_argument_advance_once():
   fixed = nnx.Rngs(7).normal(X.shape)
   graphdef, params = nnx.split(model)
   pure = lambda w: jnp.mean((nnx.merge(graphdef, w)(X + fixed) - fixed[:, :3]) ** 2)  # noqa: E731
-  expected = asam_jax.value_and_grad(pure, RHO)(params)
-  got = asam_jax.nnx.value_and_grad(fun, RHO, argnums=1)(rngs, model, X)
+  expected = asam_jax.value_and_grad(pure, rho=RHO)(params)
+  got = asam_jax.nnx.value_and_grad(fun, rho=RHO, argnums=1)(rngs, model, X)
   chex.assert_trees_all_close(got, expected, rtol=1e-5)
   assert rngs.default.count[...] == 1
 
@@ -163,13 +163,13 @@ def test_gradients_are_averaged_over_the_axis():
 
   def by_module(x, y):
     model = nnx.merge(graphdef, params, rest, copy=True)
-    fun = asam_jax.nnx.value_and_grad(loss_fn, RHO, has_aux=True, axis_name="device")
+    fun = asam_jax.nnx.value_and_grad(loss_fn, rho=RHO, has_aux=True, axis_name="device")
     return nnx.as_pure(fun(model, x, y)[1])
 
   def by_function(x, y):
     model = nnx.merge(graphdef, params, rest, copy=True)
     pure = pure_function(model, x, y)
-    fun = asam_jax.value_and_grad(pure, RHO, has_aux=True, axis_name="device")
+    fun = asam_jax.value_and_grad(pure, rho=RHO, has_aux=True, axis_name="device")
     return fun(params)[1]
 
   x, y = X.reshape(2, 8, WIDTH), Y.reshape(2, 8)
@@ -195,7 +195,7 @@ def optimizer_step(row):
 
 def function_step(row):
   def step(model, optimizer):
-    fun = asam_jax.nnx.value_and_grad(loss_fn, row.rho, has_aux=True)
+    fun = asam_jax.nnx.value_and_grad(loss_fn, rho=row.rho, has_aux=True)
     _, grads = fun(model, X, Y)
     optimizer.update(model, grads)
 
@@ -298,6 +298,6 @@ def test_argnums_that_name_no_module(door, argnums, message):
 
 def test_a_schedule_is_no_radius():
   with pytest.raises(TypeError, match="rho="):
-    asam_jax.nnx.value_and_grad(loss_fn, lambda step: 0.1, has_aux=True)(
+    asam_jax.nnx.value_and_grad(loss_fn, rho=lambda step: 0.1, has_aux=True)(
         Model(nnx.Rngs(0)), X, Y
     )

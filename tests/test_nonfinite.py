@@ -56,7 +56,7 @@ def compiled_step(tx, w, state, clean, perturbed):
 
 @functools.cache
 def skipping(base):
-  return asam_jax.skip_nonfinite(link(), BASES[base]())
+  return asam_jax.skip_nonfinite(BASES[base](), link())
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -92,7 +92,7 @@ def test_without_a_nan_it_is_the_chain(base):
 
 def test_state_dtypes_and_one_compilation():
   tx = asam_jax.skip_nonfinite(
-      asam_jax.adaptive_sam(optax.identity(), 0.3), optax.adam(0.1)
+      optax.adam(0.1), asam_jax.perturbed_gradient(asam_jax.ascent(0.3))
   )
   run = jax.jit(lambda *args: step(tx, *args))
   state = tx.init(W)
@@ -108,21 +108,30 @@ def test_state_dtypes_and_one_compilation():
 
 
 def test_the_log_is_of_the_skipped_step():
-  tx = asam_jax.skip_nonfinite(
-      asam_jax.adaptive_sam(optax.identity(), 0.3, with_info=True), optax.adam(0.1)
+  recording = asam_jax.perturbed_gradient(
+      asam_jax.ascent(0.3), info=asam_jax.Geometry()
   )
-  w, state = step(tx, W, tx.init(W))
-  w, state = step(tx, w, state, clean=jnp.inf)
+  tx = asam_jax.skip_nonfinite(optax.adam(0.1), recording)
+
+  @jax.jit
+  def step(w, state, clean=1.0, perturbed=1.0):
+    grads = jax.tree.map(lambda x: clean * x, w)
+    value_fn = lambda w: perturbed * jnp.sum(w["kernel"] ** 2)  # noqa: E731
+    updates, state = tx.update(grads, state, w, value=clean, value_fn=value_fn)
+    return optax.apply_updates(w, updates), state
+
+  w, state = step(W, tx.init(W))
+  w, state = step(w, state, clean=jnp.inf)
   info = optax.tree_utils.tree_get(state, "info")
   assert info.gradient_norm == jnp.inf
   assert info.nonfinite_steps == state.skipped == 1
-  _, state = step(tx, w, state, perturbed=jnp.nan)
+  _, state = step(w, state, perturbed=jnp.nan)
   assert optax.tree_utils.tree_get(state, "info").nonfinite_steps == 2
 
 
 def test_extra_arguments_reach_the_base():
   base_tx = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
-  tx = asam_jax.skip_nonfinite(link(), base_tx)
+  tx = asam_jax.skip_nonfinite(base_tx, link())
   updates, state = tx.update(
       W, tx.init(W), W, grad_fn=lambda w: w, value=jnp.array(2.0)
   )
@@ -133,8 +142,8 @@ def test_extra_arguments_reach_the_base():
 def test_devices_agree_to_skip():
   # The gradient of one of four devices is bad; all must skip, or they part.
   tx = asam_jax.skip_nonfinite(
-      asam_jax.adaptive_sam(optax.identity(), 0.3, axis_name="data"),
       optax.sgd(0.1),
+      asam_jax.perturbed_gradient(asam_jax.ascent(0.3), axis_name="data"),
       axis_name="data",
   )
   run = jax.jit(jax.vmap(
@@ -168,7 +177,7 @@ def adam_if_finite(p, bad):
     # At w itself the gradient is bad, at any other point it isn't.
     return jnp.sum(w["kernel"] ** 2) + jnp.sum(w["bias"] ** 2 * factor)
 
-  _, grads = asam_jax.value_and_grad(loss, 0.3, p=float(p))(W, bad)
+  _, grads = asam_jax.value_and_grad(loss, rho=0.3, p=float(p))(W, bad)
   updates, state = tx.update(grads, tx.init(W), W)
   return optax.apply_updates(W, updates), state
 

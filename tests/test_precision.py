@@ -33,7 +33,7 @@ def linear(w, g):
 @pytest.mark.parametrize("jit", [False, True])
 def test_what_rounding_takes_is_reported(jit):
   w, g = million(jnp.bfloat16)
-  fun = asam_jax.value_and_grad(linear, 0.05, normalization="none", with_info=True)
+  fun = asam_jax.value_and_grad(linear, rho=0.05, normalization="none", with_info=True)
   *_, info = (jax.jit(fun) if jit else fun)(w, g)
   # The same in NumPy, with the bfloat16 of ml_dtypes.
   g16 = np.asarray(g, ml_dtypes.bfloat16).astype(np.float64)
@@ -51,7 +51,7 @@ def test_what_rounding_takes_is_reported(jit):
 
 def test_float32_weights_keep_all_of_it():
   w, g = million(jnp.float32)
-  fun = asam_jax.value_and_grad(linear, 0.05, normalization="none", with_info=True)
+  fun = asam_jax.value_and_grad(linear, rho=0.05, normalization="none", with_info=True)
   *_, info = jax.jit(fun)(w, g)
   np.testing.assert_allclose([info.radius, info.kept_share], [0.05, 1], rtol=1e-3)
 
@@ -212,7 +212,7 @@ def flat(tree):
 
 
 @pytest.mark.parametrize(
-    ("normalization", "rho"), [("elementwise", 0.05), ("none", 0.02)]
+    ("normalization", "rho"), [("elementwise", 0.1), ("none", 0.02)]
 )
 def test_share_of_the_sharpness_gradient_that_arrives(normalization, rho):
   w, _ = network()
@@ -295,7 +295,7 @@ def test_the_direction_does_not_depend_on_the_loss_scale(p):
   # The other door: the gradient comes out scaled once.
   @jax.jit
   def function(w, scale):
-    grads = asam_jax.grad(lambda w: scale * loss(w), 0.3, p=p)(w)
+    grads = asam_jax.grad(lambda w: scale * loss(w), rho=0.3, p=p)(w)
     return jax.tree.map(lambda g: g / scale, grads)
 
   chex.assert_trees_all_close(
@@ -336,8 +336,8 @@ def test_a_scale_that_overflows_skips_the_step_and_a_lower_one_goes_on():
   w, scale, seen = jnp.array([1.0, -2.0, 0.5]), 2.0**40, []
   base_tx = optax.sgd(2.0**31)
   tx = asam_jax.skip_nonfinite(
-      asam_jax.perturbed_gradient(asam_jax.ascent(0.5, 0.0)),
       optax.chain(optax.scale_by_learning_rate(1.0, flip_sign=False), base_tx),
+      asam_jax.perturbed_gradient(asam_jax.ascent(0.5, 0.0)),
   )
   state = tx.init(w)
   for _ in range(8):

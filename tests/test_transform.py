@@ -253,7 +253,7 @@ def door_update(params, x, y, average):
 
 def door_function(params, x, y, average):
   transformed = asam_jax.value_and_grad(
-      regression_loss, 0.3, axis_name="batch", average_ascent=average
+      regression_loss, rho=0.3, axis_name="batch", average_ascent=average
   )
   return transformed(params, x, y)[1]
 
@@ -329,14 +329,14 @@ def test_bad_radius(make):
     with pytest.raises(ValueError, match=r"rho=.* must be a finite number >= 0"):
       make(optax.sgd(0.1), rho)
   for rho in ("0.1", None, True, [0.1]):
-    with pytest.raises(TypeError, match=r"rho=.* must be a number, a traced scalar"):
+    with pytest.raises(TypeError, match=r"rho=.* must be one real number"):
       make(optax.sgd(0.1), rho)
 
 
 def test_bad_eta():
   with pytest.raises(ValueError, match=r"eta=-0.1 must be a finite number >= 0"):
     asam_jax.ascent(0.1, -0.1)
-  with pytest.raises(TypeError, match=r"eta=None must be a number"):
+  with pytest.raises(TypeError, match=r"eta=None must be one real number"):
     asam_jax.ascent(0.1, None)
 
 
@@ -415,9 +415,9 @@ def test_gradient_that_does_not_belong_to_params():
   state = tx.init(PARAMS)
   with pytest.raises(TypeError, match=r"the gradient has the structure .*, but params"):
     tx.update(PARAMS["kernel"], state, PARAMS)
-  with pytest.raises(TypeError, match=r"gradient at \['bias'\] has shape \(3,\)"):
+  with pytest.raises(TypeError, match=r"gradient\['bias'\] has shape \(3,\)"):
     tx.update({**PARAMS, "bias": jnp.zeros(3)}, state, PARAMS)
-  with pytest.raises(TypeError, match=r"gradient at \['bias'\] .* dtype int32"):
+  with pytest.raises(TypeError, match=r"gradient\['bias'\] .* dtype int32"):
     tx.update({**PARAMS, "bias": jnp.zeros(1, jnp.int32)}, state, PARAMS)
 
 

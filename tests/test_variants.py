@@ -302,8 +302,8 @@ def test_gsam_of_a_zero_gradient():
 def test_errors():
   with pytest.raises(ValueError, match=r"decay=1\.0"):
     asam_jax.subtract_ema(1.0)
-  for steps in (0, 1.5):
-    with pytest.raises(ValueError, match=f"steps={steps}"):
+  for steps, error in ((0, ValueError), (1.5, TypeError)):
+    with pytest.raises(error, match=f"steps={steps}"):
       asam_jax.iterated(asam_jax.ascent(), steps)  # pyright: ignore
   tx = asam_jax.iterated(asam_jax.ascent(), 2)
   w = jnp.ones(2)

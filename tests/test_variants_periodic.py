@@ -272,5 +272,5 @@ def test_errors():
     link.update(w, link.init(w))
   with pytest.raises(ValueError, match="grad_fn=None"):
     link.update(w, link.init(w), w)
-  with pytest.raises(TypeError, match="gradient passed to update"):
+  with pytest.raises(TypeError, match="the gradient has the structure"):
     link.update((w, w), link.init(w), w, grad_fn=lambda w: w)

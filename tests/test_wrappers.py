@@ -179,7 +179,7 @@ def test_inject_hyperparams():
 
 @row("`apply_if_finite`", "no: `skip_nonfinite`", """Around `adaptive_sam` it looks at
      the incoming gradient alone, and an infinite one at w + epsilon gets through.
-     `skip_nonfinite(perturbed_gradient(ascent(...)), base_tx)` looks at both. Around
+     `skip_nonfinite(base_tx, perturbed_gradient(ascent(...)))` looks at both. Around
      an optimizer that is fed by `value_and_grad`, and around `carried`,
      `apply_if_finite` is right.""")
 def test_apply_if_finite():
@@ -187,13 +187,13 @@ def test_apply_if_finite():
   tx = optax.apply_if_finite(asam(SGD), 3)
   updates, _ = update(tx, W, tx.init(W), gradient=spoil)
   assert not np.isfinite(updates["kernel"]).all()
-  tx = asam_jax.skip_nonfinite(link(), SGD)
+  tx = asam_jax.skip_nonfinite(SGD, link())
   updates, state = update(tx, W, tx.init(W), gradient=spoil)
   assert (np.asarray(updates["kernel"]) == 0).all()
   assert state.skipped == 1
   assert_same(run(tx), written_out(SGD))
   tx = optax.apply_if_finite(SGD, 3)
-  _, grads = jax.jit(asam_jax.value_and_grad(lambda w: loss(w) / 0.0, RHO, ETA))(W)
+  _, grads = jax.jit(asam_jax.value_and_grad(lambda w: loss(w) / 0.0, rho=RHO, eta=ETA))(W)
   updates, state = update_base(tx, W, tx.init(W), grads)
   assert (np.asarray(updates["kernel"]) == 0).all()
   assert state.total_notfinite == 1
@@ -417,7 +417,7 @@ def test_multi_steps_around():
   assert_same(step_along(lambda w: accumulated(w, X, Y)), right)
   tx = optax.MultiSteps(SGD, 2)
   w, state = start(tx)
-  ascending = jax.jit(asam_jax.grad(loss, RHO, ETA))
+  ascending = jax.jit(asam_jax.grad(loss, rho=RHO, eta=ETA))
   for i in range(2):
     updates, state = update_base(tx, w, state, ascending(w, *micro_batch(i)))
     w = optax.apply_updates(w, updates)
@@ -439,7 +439,7 @@ def test_lookahead():
 
   @jax.jit
   def step(params, state):
-    _, grads = asam_jax.value_and_grad(loss, RHO, ETA)(params.fast)
+    _, grads = asam_jax.value_and_grad(loss, rho=RHO, eta=ETA)(params.fast)
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
