@@ -21,7 +21,8 @@ def dtype_of(leaf: Any) -> Any:
 
 def is_float(leaf: Any) -> bool:
   """Whether it is a real floating point leaf; float0 and integers are not."""
-  return jnp.issubdtype(dtype_of(leaf), jnp.floating)
+  dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+  return jnp.issubdtype(dtype, jnp.floating)
 
 
 def real(argument: str, value: Any) -> Any:
@@ -109,59 +110,84 @@ def transformation(
   return optax.with_extra_args_support(value)
 
 
-def tree_like(argument: str, tree: Any, like: Any, name: str = "params") -> Any:
-  """Raises unless the tree has real arrays of the structure and shapes of another."""
-  given, wanted = jtu.tree_structure(tree), jtu.tree_structure(like)
+def tree_like(
+    argument: str, tree: Any, params: Any, same_dtype: bool = False, remedy: str = ""
+) -> Any:
+  """Raises unless it has real arrays with the structure and shapes of params."""
+  given, wanted = jtu.tree_structure(tree), jtu.tree_structure(params)
   if given != wanted:
     raise TypeError(
-        f"{argument} has the structure {given}, but {name} have {wanted}; give one"
-        f" array for each leaf of {name}."
+        f"{argument} has the structure {given}, but params have {wanted}."
+        f" {_likely_mistake(tree, wanted)}"
     )
   for (path, x), w in zip(
-      jtu.tree_leaves_with_path(tree), jtu.tree_leaves(like), strict=True
+      jtu.tree_leaves_with_path(tree), jtu.tree_leaves(params), strict=True
   ):
-    if isinstance(x, str) or jnp.shape(x) != jnp.shape(w) or not (
-        is_float(x) or not is_float(w)
+    if isinstance(x, str) or jnp.shape(x) != jnp.shape(w) or (
+        is_float(w) and not (is_float(x) if not same_dtype else x.dtype == w.dtype)
     ):
       raise TypeError(
-          f"{argument}{jtu.keystr(path)} has {_kind(x)}, but {name} have {_kind(w)}"
-          f" there; give real arrays of the shapes of {name}."
+          f"{argument}{jtu.keystr(path)} has {_kind(x)}, but params have {_kind(w)}"
+          f" there; {remedy or 'give real arrays of the shapes of params.'}"
       )
   return tree
 
 
-def selection(argument: str, chosen: Any, params: optax.Params) -> list[bool]:
-  """One bool per leaf of params, from a predicate or a pytree of bools."""
-  if chosen is None:
-    chosen = is_not_bias if argument == "normalize" else every_leaf
-  paths_and_leaves, treedef = jtu.tree_flatten_with_path(params)
+def leaves(
+    params: optax.Params, normalize: Any, perturb: Any
+) -> list[tuple[Any, Any, bool, bool]]:
+  """(path, leaf, normalized, perturbed) for each leaf of params, checked."""
+  pairs, treedef = jtu.tree_flatten_with_path(
+      params, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+  )
+  for path, w in pairs:
+    if isinstance(w, optax.MaskedNode):
+      raise ValueError(
+          f"params{jtu.keystr(path)} is a hole (optax.MaskedNode), as under"
+          " optax.masked or optax.partition: the norm over the rest would be another"
+          " method's. Use the arguments perturb and normalize to choose leaves instead."
+      )
+    if not (hasattr(w, "dtype") or isinstance(w, (int, float, complex))):
+      raise TypeError(
+          f"params{jtu.keystr(path)} is {_shown(w)}, which is no array; params must be"
+          " a pytree of arrays. (Of an Equinox module, pass what eqx.filter selects.)"
+      )
+  normalized = _bools("normalize", normalize, pairs, treedef)
+  perturbed = [True] * len(pairs)
+  if perturb is not None:
+    perturbed = _bools("perturb", perturb, pairs, treedef)
+  for (path, w), moves in zip(pairs, perturbed, strict=True):
+    if moves and not is_float(w):
+      raise TypeError(
+          f"params{jtu.keystr(path)} has dtype {dtype_of(w)}, which can't be perturbed;"
+          " leave it out of params or out of perturb."
+      )
+  return [
+      (path, w, *bools)
+      for (path, w), *bools in zip(pairs, normalized, perturbed, strict=True)
+  ]
+
+
+def _bools(argument: str, chosen: Any, pairs: Any, treedef: Any) -> list[bool]:
+  """One bool for each leaf, from a predicate or a pytree of bools."""
+  chosen = is_not_bias if chosen is None else chosen
   # An Equinox module of bools is callable too, so its leaves decide.
   bools = jtu.tree_leaves(chosen)
   if callable(chosen) and not all(isinstance(x, bool) for x in bools):
-    bools = [chosen(path, leaf) for path, leaf in paths_and_leaves]
+    bools = [chosen(path, leaf) for path, leaf in pairs]
   elif jtu.tree_structure(chosen) != treedef:
     raise ValueError(
         f"{argument} has the structure {jtu.tree_structure(chosen)}, but the"
         f" parameters have {treedef}; give a pytree of bools with one bool for"
         " each parameter leaf, or a predicate (path, leaf) -> bool."
     )
-  for (path, _), value in zip(paths_and_leaves, bools, strict=True):
+  for (path, _), value in zip(pairs, bools, strict=True):
     if not (isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_):
       raise TypeError(
-          f"{argument} is {value!r} for {jtu.keystr(path)}; it must be a bool"
+          f"{argument} is {_shown(value)} for {jtu.keystr(path)}; it must be a bool"
           " for every leaf."
       )
   return [bool(value) for value in bools]
-
-
-def _last_name(path: Any) -> str:
-  """A leaf's own name, without the wrappers that NNX puts behind it."""
-  for key in reversed(path):
-    name = getattr(key, "key", getattr(key, "name", None))
-    wrapper = name in ("value", "raw_value") or isinstance(key, jtu.FlattenedIndexKey)
-    if not wrapper:
-      return name if isinstance(name, str) else ""
-  return ""
 
 
 # The name of a bias, and how many of its axes may be longer than 1.
@@ -205,63 +231,15 @@ def is_not_bias(path: Any, leaf: Any) -> bool:
         " if a predicate came to be called as a schedule, by optax.inject_hyperparams,"
         ' pass static_args=("normalize", "perturb", "normalization") there.'
     )
-  name = _last_name(path)
+  name = ""
+  for key in path:  # the last name counts, without the wrappers that NNX puts behind
+    own = getattr(key, "key", getattr(key, "name", None))
+    wrapper = own in ("value", "raw_value") or isinstance(key, jtu.FlattenedIndexKey)
+    name = name if wrapper else own if isinstance(own, str) else ""
   long_axes = sum(n > 1 for n in getattr(leaf, "shape", ()))
   return not any(
       pattern.fullmatch(name) and long_axes <= most for pattern, most in _BIASES
   )
-
-
-def every_leaf(path: Any, leaf: Any) -> bool:
-  """The default of perturb."""
-  del path, leaf
-  return True
-
-
-def no_holes(params: optax.Params) -> None:
-  """Raises where Optax has masked leaves away."""
-  leaves = jtu.tree_leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-  if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
-    raise ValueError(
-        "params have holes (optax.MaskedNode), as under optax.masked or"
-        " optax.partition: the norm over the rest would be another method's. Use"
-        " the arguments perturb and normalize to choose leaves instead."
-    )
-
-
-def leaf(path: Any, w: Any, perturbed: bool) -> None:
-  """Raises unless a leaf of params is an array, and a real one if it is perturbed."""
-  if not (hasattr(w, "dtype") or isinstance(w, (int, float, complex))):
-    raise TypeError(
-        f"params{jtu.keystr(path)} is {_shown(w)}, which is no array; params must be a"
-        " pytree of arrays. (Of an Equinox module, pass what eqx.filter selects.)"
-    )
-  if perturbed and not is_float(w):
-    raise TypeError(
-        f"params{jtu.keystr(path)} has dtype {dtype_of(w)}, which can't be perturbed;"
-        " leave it out of params or out of perturb."
-    )
-
-
-def descent_gradient(grads: Any, params: optax.Params, source: str) -> None:
-  """Raises unless ``grads``, which ``source`` returned, is a gradient at params."""
-  wanted = jtu.tree_structure(params)
-  given = jtu.tree_structure(grads)
-  if given != wanted:
-    raise TypeError(
-        f"{source} returned the structure {given}, but params have {wanted}."
-        f" {_likely_mistake(grads, wanted)}"
-    )
-  for (path, w), g in zip(
-      jtu.tree_leaves_with_path(params), jtu.tree_leaves(grads), strict=True
-  ):
-    if is_float(w) and (jnp.shape(g) != jnp.shape(w) or dtype_of(g) != dtype_of(w)):
-      raise TypeError(
-          f"{source} returned shape {jnp.shape(g)} and dtype {dtype_of(g)} for"
-          f" params{jtu.keystr(path)}, which has {jnp.shape(w)} and"
-          f" {dtype_of(w)}; return the gradient with respect to params, cast to"
-          " their dtypes."
-      )
 
 
 def is_concrete(value: Any) -> bool:

@@ -64,7 +64,9 @@ def combined(
   def update_fn(updates, state, params=None, **extra_args):
     perturbed, state = link.update(updates, state, params, **extra_args)
     result = combine(updates, perturbed)
-    _arguments.descent_gradient(result, params, f"combine={combine!r}")
+    _arguments.tree_like(
+        f"the result of combine={combine!r}", result, perturbed, same_dtype=True
+    )
     return result, state
 
   return _two_passes.Link(link.init, update_fn)
@@ -257,7 +259,7 @@ def iterated(
 
     def body(i, epsilon):
       grads = grad_fn(optax.apply_updates(params, epsilon))
-      _arguments.descent_gradient(grads, params, "grad_fn")
+      _arguments.tree_like("the result of grad_fn", grads, params, same_dtype=True)
       target, _ = ascend(grads)
       share = 2 / (i + 2)
       return _trees.map_floats(

@@ -257,7 +257,11 @@ class Geometry:
   def __post_init__(self):
     _arguments.scalar_or_schedule("eta", self.eta)
     _arguments.exponent(self.p)
-    resolve_operator(self.normalization)
+    self._operator  # noqa: B018  (for its errors)
+
+  @functools.cached_property
+  def _operator(self) -> Operator:
+    return resolve_operator(self.normalization)
 
   @property
   def q(self) -> float:
@@ -274,19 +278,12 @@ class Geometry:
 
   def rules(self, params: optax.Params) -> list[LeafRule]:
     """The rule of every leaf, in the order of ``jax.tree.leaves``, checked."""
-    _arguments.no_holes(params)
-    operator = resolve_operator(self.normalization)
-    normalized = _arguments.selection("normalize", self.normalize, params)
-    perturbed = _arguments.selection("perturb", self.perturb, params)
-    rules = [
-        LeafRule(path, leaf, operator if use_operator else none, is_perturbed)
-        for (path, leaf), use_operator, is_perturbed in zip(
-            jtu.tree_leaves_with_path(params), normalized, perturbed, strict=True
+    return [
+        LeafRule(path, leaf, self._operator if normalized else none, perturbed)
+        for path, leaf, normalized, perturbed in _arguments.leaves(
+            params, self.normalize, self.perturb
         )
     ]
-    for rule in rules:
-      _arguments.leaf(rule.path, rule.leaf, rule.perturbed)
-    return rules
 
   def norm(self, epsilon: Any, params: optax.Params) -> jax.Array:
     r"""The length of a perturbation, :math:`\|T_w^{-1}\epsilon\|_p`.
@@ -349,5 +346,7 @@ class Geometry:
 
 def sum_dtype(rules: list[LeafRule]) -> Any:
   """Float32, or float64 if a perturbed leaf is."""
-  dtypes = [_arguments.dtype_of(rule.leaf) for rule in rules if rule.perturbed]
-  return jnp.result_type(jnp.float32, *dtypes)
+  leaves = [rule.leaf for rule in rules if rule.perturbed]
+  return jnp.result_type(
+      jnp.float32, *[w.dtype if hasattr(w, "dtype") else jnp.float32 for w in leaves]
+  )

@@ -84,7 +84,10 @@ def two_passes(
   except Exception as error:
     _notes.explain(error, params)
     raise
-  _arguments.descent_gradient(perturbed.grads, params, source)
+  _arguments.tree_like(
+      f"the result of {source}", perturbed.grads, params, same_dtype=True,
+      remedy="return the gradient with respect to params, cast to their dtypes.",
+  )
   grads = perturbed.grads
   if axis_name is not None:
     grads = lax.pmean(grads, axis_name)
@@ -221,7 +224,8 @@ def _check_update(updates: Any, params: Any, grad_fn: Any, value_fn: Any) -> Non
   for name, function in (("grad_fn", grad_fn), ("value_fn", value_fn)):
     if function is not None:
       _arguments.function(name, function, "of the parameters")
-  if is_perturbed(updates) or hasattr(grad_fn, PERTURBED):
+  seen = any(_perturbed.get(id(leaf)) is leaf for leaf in jax.tree.leaves(updates))
+  if seen or hasattr(grad_fn, PERTURBED):
     raise ValueError(
         "the gradient comes from asam_jax.value_and_grad or grad, and so is one at"
         " perturbed parameters already: this would be ASAM twice. Feed the base"
@@ -238,11 +242,6 @@ def mark_perturbed(grads: Any) -> None:
   """Remembers that these arrays are a gradient at perturbed parameters."""
   for leaf in jax.tree.leaves(grads):
     _perturbed[id(leaf)] = leaf
-
-
-def is_perturbed(grads: Any) -> bool:
-  """Whether :func:`mark_perturbed` saw one of these very arrays."""
-  return any(_perturbed.get(id(leaf)) is leaf for leaf in jax.tree.leaves(grads))
 
 
 def ascent_chain(tx: Any) -> optax.GradientTransformationExtraArgs:
