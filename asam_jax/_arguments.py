@@ -150,7 +150,8 @@ def leaves(
     if not (hasattr(w, "dtype") or isinstance(w, (int, float, complex))):
       raise TypeError(
           f"params{jtu.keystr(path)} is {_shown(w)}, which is no array; params must be"
-          " a pytree of arrays. (Of an Equinox module, pass what eqx.filter selects.)"
+          " a pytree of arrays. Of an Equinox module, differentiate the first part of"
+          " eqx.partition(model, eqx.is_inexact_array)."
       )
   normalized = _bools("normalize", normalize, pairs, treedef)
   perturbed = [True] * len(pairs)

@@ -26,8 +26,7 @@ def aliases():
       "lbfgs": "a line search over value_fn",
       "polyak_sgd": "the loss value",
       "noisy_sgd": "noise that may point uphill",
-      "optimistic_gradient_descent": "",
-      "fromage": "", "sm3": "", "adafactor": "",
+      "optimistic_adam": "deprecated, and its successor is tried",
   }
   found = {}
   for name, make in sorted(vars(optax).items()):

@@ -54,7 +54,7 @@ def test_an_nnx_module_in_the_plain_door():
   model = nnx.Sequential(
       nnx.Linear(3, 1, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(0))
   )
-  with pytest.raises(Exception, match="") as error:  # noqa: PT011  (which one is JAX's affair)
+  with pytest.raises(Exception) as error:  # noqa: B017, PT011  (JAX's affair which)
     asam_jax.value_and_grad(lambda model: jnp.sum(model(jnp.ones((2, 3)))))(model)
   assert "asam_jax.nnx.value_and_grad" in notes(error)
 
@@ -63,7 +63,7 @@ def test_an_equinox_module_in_the_plain_door():
   model = eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0))
   with pytest.raises(TypeError) as error:
     asam_jax.value_and_grad(lambda model: jnp.sum(model(jnp.ones(3))))(model)
-  assert "eqx.partition" in notes(error)
+  assert "eqx.partition" in str(error.value) + notes(error)
 
 
 def test_the_step_index_of_optax_contrib_sam():
@@ -75,7 +75,7 @@ def test_the_step_index_of_optax_contrib_sam():
 
 def test_flat_parameters():
   tx = optax.flatten(asam_jax.adaptive_sam(optax.sgd(0.1)))
-  with pytest.raises(Exception, match="") as error:  # noqa: PT011  (the loss's own)
+  with pytest.raises(Exception) as error:  # noqa: B017, PT011  (the loss's own)
     tx.update(W, tx.init(W), W, grad_fn=jax.grad(loss))
   assert "optax.flatten" in notes(error)
 
@@ -119,7 +119,7 @@ def test_a_radius_is_one_number(make, argument):
 @pytest.mark.parametrize("value", [-1.0, jnp.array(-1.0), jnp.nan, jnp.ones(2), None])
 def test_what_a_schedule_returns_is_checked(argument, value):
   tx = asam_jax.ascent(**{argument: lambda count: value})
-  with pytest.raises((ValueError, TypeError), match=rf"{argument}\(.*\)=.* must be"):
+  with pytest.raises((ValueError, TypeError), match=rf"{argument}.*=.* must be"):
     tx.update(W, tx.init(W), W)
 
 
