@@ -1,6 +1,7 @@
 """Sharpness measures on the T_w and p of the optimizer.
 
-They take ``loss(params) -> scalar`` and the arguments of :func:`asam_jax.ascent`.
+They take ``loss(params) -> scalar`` and a :class:`asam_jax.Geometry`, such as the one
+that an optimizer has. The length of a perturbation is :meth:`asam_jax.Geometry.norm`.
 Needs the extra ``asam_jax[sharpness]``.
 """
 
@@ -13,7 +14,6 @@ from asam_jax.sharpness._curvature import TraceEstimate
 from asam_jax.sharpness._data import classification_loss
 from asam_jax.sharpness._data import m_sharpness
 from asam_jax.sharpness._data import MSharpness
-from asam_jax.sharpness._geometry import adaptive_norm
 from asam_jax.sharpness._rank import Estimate
 from asam_jax.sharpness._rank import rank_correlation
 from asam_jax.sharpness._rank import RankCorrelation
@@ -28,7 +28,6 @@ __all__ = [
     "RankCorrelation",
     "TraceEstimate",
     "WorstCase",
-    "adaptive_norm",
     "average_case",
     "classification_loss",
     "hessian_eigenvalues",
