@@ -3,6 +3,7 @@
 A check returns the argument, so that it can stand where the argument is used.
 """
 
+from collections.abc import Callable
 import math
 import re
 from typing import Any
@@ -58,6 +59,23 @@ def scalar_or_schedule(argument: str, value: Any, low: float = 0) -> Any:
   return checked
 
 
+def fixed_scalar(argument: str, value: Any) -> Any:
+  """Raises unless it is such a number, for a measure has no step count."""
+  if callable(value):
+    raise TypeError(
+        f"{argument}={_shown(value)} is a schedule, but a measure has no step count;"
+        " pass its value at one step (of a geometry, geometry.at(step))."
+    )
+  return scalar(argument, value)
+
+
+def positive(argument: str, value: Any) -> Any:
+  """Raises unless it is a number in (0, inf)."""
+  if is_concrete(scalar(argument, value)) and not float(value) > 0:
+    raise ValueError(f"{argument}={_shown(value)} must be > 0.")
+  return value
+
+
 def exponent(p: Any) -> float:
   """Raises unless p is a number in [1, inf]."""
   if isinstance(p, (bool, complex)) or not isinstance(p, (int, float, np.number)):
@@ -90,11 +108,63 @@ def argnums(numbers: Any) -> Any:
   return numbers
 
 
+def flag(argument: str, value: Any) -> bool:
+  """Raises unless it is True or False."""
+  if not isinstance(value, (bool, np.bool_)):
+    raise TypeError(f"{argument}={_shown(value)} must be True or False.")
+  return bool(value)
+
+
 def function(argument: str, value: Any, form: str) -> Any:
   """Raises unless it can be called; ``form`` says how it will be."""
   if not callable(value):
     raise TypeError(f"{argument}={_shown(value)} must be a function {form}.")
   return value
+
+
+def one_of(argument: str, value: Any, choices: tuple[str, ...]) -> str:
+  """Raises unless it is one of the names."""
+  if not isinstance(value, str) or value not in choices:
+    names = ", ".join(map(repr, choices))
+    raise ValueError(f"{argument}={_shown(value)} is unknown; use one of {names}.")
+  return value
+
+
+def instance(argument: str, value: Any, kind: type) -> Any:
+  """Raises unless it is an object of that class."""
+  if not isinstance(value, kind):
+    raise TypeError(f"{argument}={_shown(value)} must be a {kind.__name__}.")
+  return value
+
+
+def random_key(key: Any) -> jax.Array:
+  """Raises unless it is one random key; None is ``jax.random.key(0)``."""
+  if key is None:
+    return jax.random.key(0)
+  dtype = getattr(key, "dtype", None)
+  typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+  raw = dtype == jnp.uint32 and jnp.ndim(key) == 1
+  if not raw and not (typed and jnp.ndim(key) == 0):
+    raise TypeError(f"key={_shown(key)} must be one random key: jax.random.key(seed).")
+  return key
+
+
+def loss(fun: Any) -> Callable[[Any], Any]:
+  """Raises unless it can be called; the one returned checks its values, too."""
+  function("loss", fun, "of the parameters that returns one real number")
+
+  def checked(params):
+    value = fun(params)
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape != () or not is_float(value):
+      what = f"shape {shape} and dtype {dtype}" if dtype is not None else _shown(value)
+      raise TypeError(
+          f"loss(params) returned {what}; it must return one real number, the mean"
+          " over the batch, and no aux."
+      )
+    return value
+
+  return checked
 
 
 def transformation(
@@ -111,25 +181,48 @@ def transformation(
 
 
 def tree_like(
-    argument: str, tree: Any, params: Any, same_dtype: bool = False, remedy: str = ""
+    argument: str,
+    tree: Any,
+    like: Any,
+    name: str = "params",
+    *,
+    same_dtype: bool = False,
+    remedy: str = "",
 ) -> Any:
-  """Raises unless it has real arrays with the structure and shapes of params."""
-  given, wanted = jtu.tree_structure(tree), jtu.tree_structure(params)
+  """Raises unless it has real arrays with the structure and shapes of another tree."""
+  given, wanted = jtu.tree_structure(tree), jtu.tree_structure(like)
   if given != wanted:
     raise TypeError(
-        f"{argument} has the structure {given}, but params have {wanted}."
+        f"{argument} has the structure {given}, but {name} have {wanted}."
         f" {_likely_mistake(tree, wanted)}"
     )
   for (path, x), w in zip(
-      jtu.tree_leaves_with_path(tree), jtu.tree_leaves(params), strict=True
+      jtu.tree_leaves_with_path(tree), jtu.tree_leaves(like), strict=True
   ):
     if isinstance(x, str) or jnp.shape(x) != jnp.shape(w) or (
         is_float(w) and not (is_float(x) if not same_dtype else x.dtype == w.dtype)
     ):
       raise TypeError(
-          f"{argument}{jtu.keystr(path)} has {_kind(x)}, but params have {_kind(w)}"
-          f" there; {remedy or 'give real arrays of the shapes of params.'}"
+          f"{argument}{jtu.keystr(path)} has {_kind(x)}, but {name} have {_kind(w)}"
+          f" there; {remedy or f'give real arrays of the shapes of {name}.'}"
       )
+  return tree
+
+
+def arrays(argument: str, tree: Any) -> Any:
+  """Raises unless it is a pytree of real arrays or numbers, finite where concrete."""
+  pairs = jtu.tree_leaves_with_path(tree)
+  if not pairs:
+    raise TypeError(f"{argument}={_shown(tree)} has no arrays; give a pytree of them.")
+  for path, x in pairs:
+    is_array = hasattr(x, "dtype") or isinstance(x, (int, float, complex))
+    if not is_array or jnp.issubdtype(dtype_of(x), jnp.complexfloating):
+      raise TypeError(
+          f"{argument}{jtu.keystr(path)} is {_shown(x)}; give a pytree of real arrays."
+      )
+  concrete = [x for _, x in pairs if is_concrete(x)]
+  if not all(bool(jnp.all(jnp.isfinite(jnp.asarray(x)))) for x in concrete):
+    raise ValueError(f"{argument} has NaN or inf among its numbers; give finite ones.")
   return tree
 
 

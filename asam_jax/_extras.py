@@ -3,12 +3,13 @@
 import importlib.util
 
 
-def require(extra: str, *packages: str) -> None:
+def require(module: str, *packages: str) -> None:
   """Raises an ImportError that names the extra unless all packages are installed."""
+  extra = "sharpness" if module == "landscape" else module
   missing = [name for name in packages if importlib.util.find_spec(name) is None]
   if missing:
     raise ModuleNotFoundError(
-        f"{', '.join(missing)} is missing, which asam_jax.{extra} needs beside jax and"
+        f"{', '.join(missing)} is missing, which asam_jax.{module} needs beside jax and"
         f" optax; install the extra: pip install 'asam_jax[{extra}]'.",
         name=missing[0],
     )

@@ -53,6 +53,15 @@ def dot(tree: Any, other: Any) -> jax.Array:
   return sum((jnp.sum(x * y) for x, y in pairs), start=jnp.zeros(()))
 
 
+def moved(tree: Any, amount: Any, direction: Any) -> Any:
+  """The sum x + amount d, in the dtypes of x."""
+
+  def move(x, d):
+    return (x + amount * d).astype(dtype_of(x))
+
+  return map_floats(move, tree, direction)
+
+
 def unit_vector(tree: Any) -> Any:
   """X / ||x||_2 over the whole tree; zero for zero."""
   length = norm(tree)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import asam_jax
+from asam_jax import Geometry
 from asam_jax import landscape
 from asam_jax import sharpness
 from tests.sharpness import cases
@@ -37,15 +38,17 @@ def distance(a, b):
   return np.sqrt(sum(np.sum(np.square(x - y)) for x, y in pairs))
 
 
-adaptive_norm = jax.jit(sharpness.adaptive_norm, static_argnames="p")
+@functools.partial(jax.jit, static_argnums=2)
+def length_of(epsilon, params, p):
+  return Geometry(p=p).norm(epsilon, params)
 
 
 @pytest.mark.parametrize("p", [2, math.inf])
 @pytest.mark.parametrize("kind", KINDS)
 def test_directions_have_unit_length(kind, p):
   params, _, loss = network()
-  d = landscape.direction(kind, params, p=p, loss=loss, steps=8)
-  np.testing.assert_allclose(adaptive_norm(d, params, p=p), 1, rtol=1e-5)
+  d = landscape.direction(kind, params, geometry=Geometry(p=p), loss=loss, steps=8)
+  np.testing.assert_allclose(length_of(d, params, p), 1, rtol=1e-5)
 
 
 def test_gradient_direction_is_the_ascent():
@@ -81,7 +84,8 @@ def test_filter_direction_has_the_filters_proportions():
 def test_adaptive_direction_follows_the_weights():
   w = jnp.array([100.0, 1.0])
   draw = lambda kind: np.abs(np.stack([
-      landscape.direction(kind, w, 0.0, key=jax.random.key(i)) for i in range(20)]))
+      landscape.direction(kind, w, geometry=Geometry(0.0), key=jax.random.key(i))
+      for i in range(20)]))
   adaptive, plain = draw("adaptive"), draw("random")
   assert np.median(adaptive[:, 0] / adaptive[:, 1]) > 20
   assert np.median(plain[:, 0] / plain[:, 1]) < 5
@@ -90,7 +94,7 @@ def test_adaptive_direction_follows_the_weights():
 def test_perturb_keeps_leaves_fixed():
   params, _, _ = network()
   for kind in ("adaptive", "random", "filter"):
-    d = landscape.direction(kind, params, perturb=asam_jax.is_not_bias)
+    d = landscape.direction(kind, params, geometry=Geometry(perturb=asam_jax.is_not_bias))
     assert all((layer["bias"] == 0).all() for layer in d)
 
 
@@ -109,7 +113,8 @@ def test_surface_axes_and_rows():
   # Far apart slopes tell x from y.
   loss = lambda w: w[0] + 10 * w[1]
   ds = [jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])]
-  result = landscape.surface(loss, jnp.zeros(2), ds, 0.5, 1.0, extent=2, points=5)
+  result = landscape.surface(loss, jnp.zeros(2), ds, 0.5, geometry=Geometry(1.0), extent=2,
+                             points=5)
   x, y = np.meshgrid(result.x, result.y)
   np.testing.assert_allclose(result.values, 0.5 * (x + 10 * y), rtol=1e-6)
 
@@ -117,15 +122,16 @@ def test_surface_axes_and_rows():
 @pytest.mark.parametrize("p", [1, 2, 3, math.inf])
 def test_ball_is_the_boundary(p):
   params, _, _ = network()
-  ds = [landscape.direction(kind, params, p=p, key=jax.random.key(i))
+  geometry = Geometry(p=p)
+  ds = [landscape.direction(kind, params, geometry=geometry, key=jax.random.key(i))
         for i, kind in enumerate(("adaptive", "random"))]
   # Far from orthogonal: the outline must not assume that.
   ds[1] = jax.tree.map(np.add, *ds)
-  result = landscape.surface(lambda w: w[0]["bias"].sum(), params, ds, 0.3, p=p,
-                             points=2)
+  result = landscape.surface(lambda w: w[0]["bias"].sum(), params, ds, 0.3,
+                             geometry=geometry, points=2)
   for x, y in np.asarray(result.ball)[::40]:
     e = jax.tree.map(lambda a, b, x=x, y=y: 0.3 * (x * a + y * b), *jax.device_get(ds))
-    np.testing.assert_allclose(adaptive_norm(e, params, p=p), 0.3, rtol=1e-4)
+    np.testing.assert_allclose(length_of(e, params, p), 0.3, rtol=1e-4)
   np.testing.assert_allclose(result.ball[0], result.ball[-1], atol=1e-5)
 
 
@@ -158,7 +164,8 @@ def test_plane_reaches_the_third_point():
         (lambda w: landscape.direction("gradient", w), ValueError, "loss=None"),
         (lambda w: landscape.direction("gradient", w, loss=lambda w: 0 * w.sum()),
          ValueError, "zero gradient"),
-        (lambda w: landscape.direction("random", 0 * w, 0.0), ValueError, "eta > 0"),
+        (lambda w: landscape.direction("random", 0 * w, geometry=Geometry(0.0)),
+         ValueError, "eta > 0"),
         (lambda w: landscape.line(jnp.sum, w, w, points=1), ValueError, "points=1"),
         (lambda w: landscape.line(jnp.sum, w, w, extent=0), ValueError, "extent=0"),
         (lambda w: landscape.line(jnp.sum, w, w[:1]), TypeError, "direction"),

@@ -3,6 +3,11 @@
 Needs the extra ``asam_jax[sharpness]``.
 """
 
+from asam_jax import _extras
+
+_extras.require("landscape", "jaxtyping")
+
+# ruff: noqa: E402  (after the error that names the extra)
 from asam_jax.landscape._directions import direction
 from asam_jax.landscape._plots import plot_line
 from asam_jax.landscape._plots import plot_plane

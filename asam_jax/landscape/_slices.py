@@ -12,10 +12,9 @@ from jaxtyping import Array
 from jaxtyping import Float
 import numpy as np
 
-from asam_jax import _checks
-from asam_jax import _normalization as _n
-from asam_jax._norm import norm
-from asam_jax.sharpness import _geometry as _g
+from asam_jax import _arguments
+from asam_jax import _trees
+from asam_jax._geometry import Geometry
 
 
 class Line(NamedTuple):
@@ -92,9 +91,11 @@ def line(
     A :class:`Line`.
 
   Raises:
-    ValueError: for a wrong rho, extent or number of points.
-    TypeError: if direction and params differ in structure or shapes, or the loss is
-      not a real scalar.
+    ValueError: if rho or extent is out of range, points below 2, or the direction not
+      finite.
+    TypeError: if rho or extent is not one real number, points no int, or direction no
+      pytree of real arrays like params; or if the loss is not a function or not a
+      real scalar.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -104,9 +105,11 @@ def line(
     >>> print(landscape.line(loss, w, d, rho=0.5, points=3).values)
     [0. 1. 4.]
   """
-  _g.number("rho", rho)
+  loss = _arguments.loss(loss)
+  _arguments.fixed_scalar("rho", rho)
   x = _positions(extent, points)
-  _like(params, direction, "direction")
+  _arguments.arrays("params", params)
+  _direction("direction", direction, params)
   values = _sweep(loss, params, [direction], jnp.asarray(x * rho)[:, None])
   return Line(jnp.asarray(x), values, jnp.asarray(rho, values.dtype))
 
@@ -116,14 +119,10 @@ def surface(
     params: Any,
     directions: Sequence[Any],
     rho: Any = 0.5,
-    eta: Any = 0.01,
-    p: float = 2,
     *,
+    geometry: Geometry = Geometry(),
     extent: float = 2.0,
     points: int = 41,
-    normalization: _n.Normalization = "elementwise",
-    normalize: _n.LeafSelection | None = None,
-    perturb: _n.LeafSelection | None = None,
 ) -> Surface:
   r"""The loss in the plane of two directions, in one compiled sweep.
 
@@ -137,21 +136,19 @@ def surface(
     params: the weights w, a pytree of real float arrays.
     directions: d1 and d2, pytrees like params.
     rho: the radius and the unit of both axes, >= 0.
-    eta: the stabilizer of T_w, for the ball.
-    p: the exponent of the ball, in [1, inf].
+    geometry: the ball: T_w, the leaves that get it, those that count
+      (``perturb``; the others must be zero in both directions), and the exponent p;
+      see :class:`asam_jax.Geometry`.
     extent: how far to go on all sides, in units of rho, > 0.
     points: the evaluations along each axis, at least 2.
-    normalization: the operator T_w; see :func:`asam_jax.ascent`.
-    normalize: the leaves that get T_w; see :func:`asam_jax.ascent`.
-    perturb: the leaves that count for the ball; the others must be zero in both.
 
   Returns:
     A :class:`Surface`.
 
   Raises:
-    ValueError: for a wrong rho, extent, p, number of points or of directions, or
-      directions that are parallel.
-    TypeError: as :func:`line` does.
+    ValueError: as :func:`line` does, and if there are not two directions, or they are
+      parallel.
+    TypeError: as :func:`line` does, and if geometry is no ``Geometry``.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -164,19 +161,18 @@ def surface(
     >>> print(result.values.shape, float(result.values[2, 2]))
     (5, 5) 5.0
   """
-  _g.number("rho", rho)
-  _checks.exponent(p)
-  directions = list(directions)
-  if len(directions) != 2:
-    raise ValueError(f"directions has {len(directions)} entries; give two.")
+  loss = _arguments.loss(loss)
+  _arguments.fixed_scalar("rho", rho)
+  _arguments.instance("geometry", geometry, Geometry)
+  _arguments.arrays("params", params)
+  directions = _entries("directions", directions, 2)
   for i, d in enumerate(directions):
-    _like(params, d, f"directions[{i}]")
-  coordinates = _g.Coordinates.build(params, eta, normalization, normalize, perturb)
-  deltas = [coordinates.delta(d) for d in directions]
+    _direction(f"directions[{i}]", d, params)
   x = _positions(extent, points)
   grid = _grid(x, x) * rho
+  ball = _ball(geometry, params, directions)
   values = _sweep(loss, params, directions, grid).reshape(points, points)
-  return Surface(jnp.asarray(x), jnp.asarray(x), values, _ball(deltas, p),
+  return Surface(jnp.asarray(x), jnp.asarray(x), values, ball,
                  jnp.asarray(rho, values.dtype))
 
 
@@ -202,8 +198,11 @@ def plane(
     A :class:`Plane`.
 
   Raises:
-    ValueError: if there are not three checkpoints, or they lie on a line.
-    TypeError: if they differ in structure or shapes.
+    ValueError: if there are not three checkpoints, they are not finite, or they lie on
+      a line; if margin is negative or not finite, or points below 2.
+    TypeError: if they differ in structure or shapes or are not real, margin is not one
+      real number, or points no int; or if the loss is not a function or not a real
+      scalar.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -217,28 +216,30 @@ def plane(
     Garipov et al., `Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs
     <https://arxiv.org/abs/1802.10026>`_, 2018
   """
-  checkpoints = list(checkpoints)
-  if len(checkpoints) != 3:
-    raise ValueError(f"checkpoints has {len(checkpoints)} entries; give three.")
+  loss = _arguments.loss(loss)
+  _arguments.scalar("margin", margin)
+  _arguments.count("points", points, 2)
+  checkpoints = _entries("checkpoints", checkpoints, 3)
   origin = checkpoints[0]
-  for i, other in enumerate(checkpoints[1:], 1):
-    _like(origin, other, f"checkpoints[{i}]")
-  u, v = (jtu.tree_map(lambda a, b: a - b, c, origin) for c in checkpoints[1:])
-  width = jnp.sqrt(_dot(u, u))
+  for i, other in enumerate(checkpoints):
+    name = f"checkpoints[{i}]"
+    _arguments.arrays(name, other)
+    _arguments.tree_like(name, other, origin, "checkpoints[0]")
+  u, v = (_trees.map_floats(jnp.subtract, c, origin) for c in checkpoints[1:])
+  width = _trees.norm(u)
   if not width > 0:
     raise ValueError("checkpoints 0 and 1 are equal; give three that span a plane.")
-  first = jtu.tree_map(lambda a: a / width, u)
-  shift = _dot(v, first)
-  rest = jtu.tree_map(lambda a, b: a - shift * b, v, first)
-  height = jnp.sqrt(_dot(rest, rest))
-  if not height > 1e-5 * jnp.sqrt(_dot(v, v)):
+  first = _trees.unit_vector(u)
+  shift = _trees.dot(v, first)
+  rest = _trees.orthogonal_part(v, first)
+  height = _trees.norm(rest)
+  if not height > 1e-5 * _trees.norm(v):
     raise ValueError("the three checkpoints lie on a line; use landscape.line.")
-  second = jtu.tree_map(lambda a: a / height, rest)
+  second = _trees.unit_vector(rest)
 
   corners = jnp.array([[0, 0], [width, 0], [shift, height]])
   low, high = np.asarray(corners.min(0)), np.asarray(corners.max(0))
   pad = margin * (high - low)
-  _g.count("points", points, 2)
   x, y = (np.linspace(low[i] - pad[i], high[i] + pad[i], points) for i in (0, 1))
   values = _sweep(loss, origin, [first, second], _grid(x, y))
   return Plane(jnp.asarray(x), jnp.asarray(y), values.reshape(points, points), corners)
@@ -252,22 +253,24 @@ def _sweep(loss, params, directions, positions) -> Array:
     def at(row):
       point = params
       for a, d in zip(row, directions, strict=True):
-        point = jtu.tree_map(lambda w, e, a=a: (w + a * e).astype(w.dtype), point, d)
-      return _g.loss_value(loss, point)
+        point = _trees.moved(point, a, d)
+      return loss(point)
 
     return lax.map(at, positions)
 
   return run(params, directions, jnp.asarray(positions))
 
 
-def _ball(deltas, p: float) -> Array:
+def _ball(geometry: Geometry, params: Any, directions: list[Any]) -> Array:
   # The norm along each ray gives the boundary; a multiple of 8 hits the corners
   # that p = 1 and inf have on the axes and diagonals.
   angles = jnp.linspace(0, 2 * jnp.pi, 361)
   rays = jnp.stack([jnp.cos(angles), jnp.sin(angles)], 1)
+  first, second = directions
 
   def length(ray):
-    return norm([ray[0] * a + ray[1] * b for a, b in zip(*deltas, strict=True)], p)
+    along = jtu.tree_map(lambda a, b: ray[0] * a + ray[1] * b, first, second)
+    return geometry.norm(along, params)
 
   lengths = lax.map(length, rays)
   if not bool(jnp.all((lengths > 1e-6) & jnp.isfinite(lengths))):
@@ -279,10 +282,8 @@ def _ball(deltas, p: float) -> Array:
 
 
 def _positions(extent: Any, points: Any) -> np.ndarray:
-  _g.count("points", points, 2)
-  if not 0 < extent < np.inf:
-    raise ValueError(f"extent={extent!r} must be a positive finite number.")
-  return np.linspace(-extent, extent, points)
+  _arguments.positive("extent", extent)
+  return np.linspace(-extent, extent, _arguments.count("points", points, 2))
 
 
 def _grid(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -290,19 +291,14 @@ def _grid(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   return np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
 
 
-def _like(params: Any, other: Any, name: str) -> None:
-  same = jtu.tree_structure(params) == jtu.tree_structure(other)
-  if not same or any(
-      jnp.shape(a) != jnp.shape(b)
-      for a, b in zip(jtu.tree_leaves(params), jtu.tree_leaves(other), strict=True)
-  ):
-    raise TypeError(
-        f"{name} has the structure {jtu.tree_structure(other)} or shapes that"
-        f" params, {jtu.tree_structure(params)}, have not; give a pytree like params."
-    )
+def _direction(argument: str, direction: Any, params: Any) -> None:
+  _arguments.tree_like(argument, direction, params)
+  _arguments.arrays(argument, direction)
 
 
-def _dot(a: Any, b: Any) -> Array:
-  products = jtu.tree_map(
-      lambda x, y: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)), a, b)
-  return jnp.sum(jnp.stack(jtu.tree_leaves(products)))
+def _entries(argument: str, trees: Any, number: int) -> list[Any]:
+  if not isinstance(trees, Sequence) or isinstance(trees, str):
+    raise TypeError(f"{argument}={trees!r} must be a list of {number} pytrees.")
+  if len(trees) != number:
+    raise ValueError(f"{argument} has {len(trees)} entries; give {number}.")
+  return list(trees)

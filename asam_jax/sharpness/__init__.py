@@ -1,9 +1,15 @@
 """Sharpness measures on the T_w and p of the optimizer.
 
-They take ``loss(params) -> scalar`` and the arguments of :func:`asam_jax.ascent`.
+They take ``loss(params) -> scalar`` and a :class:`asam_jax.Geometry`, such as the one
+that an optimizer has. The length of a perturbation is :meth:`asam_jax.Geometry.norm`.
 Needs the extra ``asam_jax[sharpness]``.
 """
 
+from asam_jax import _extras
+
+_extras.require("sharpness", "jaxtyping", "scipy")
+
+# ruff: noqa: E402  (after the error that names the extra)
 from asam_jax.sharpness._average_case import average_case
 from asam_jax.sharpness._average_case import AverageCase
 from asam_jax.sharpness._curvature import Eigenpairs
@@ -13,7 +19,6 @@ from asam_jax.sharpness._curvature import TraceEstimate
 from asam_jax.sharpness._data import classification_loss
 from asam_jax.sharpness._data import m_sharpness
 from asam_jax.sharpness._data import MSharpness
-from asam_jax.sharpness._geometry import adaptive_norm
 from asam_jax.sharpness._rank import Estimate
 from asam_jax.sharpness._rank import rank_correlation
 from asam_jax.sharpness._rank import RankCorrelation
@@ -28,7 +33,6 @@ __all__ = [
     "RankCorrelation",
     "TraceEstimate",
     "WorstCase",
-    "adaptive_norm",
     "average_case",
     "classification_loss",
     "hessian_eigenvalues",

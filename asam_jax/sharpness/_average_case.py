@@ -12,9 +12,10 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import PRNGKeyArray
 
-from asam_jax import _checks
-from asam_jax import _normalization as _n
-from asam_jax.sharpness import _geometry as _g
+from asam_jax import _arguments
+from asam_jax._coordinates import Coordinates
+from asam_jax._geometry import Geometry
+from asam_jax.sharpness import _balls
 
 
 class AverageCase(NamedTuple):
@@ -36,16 +37,12 @@ def average_case(
     loss: Callable[[Any], Any],
     params: Any,
     rho: Any = 0.5,
-    eta: Any = 0.01,
-    p: float = 2,
     *,
+    geometry: Geometry = Geometry(),
     distribution: str = "normal",
     samples: int = 32,
     antithetic: bool = True,
     key: PRNGKeyArray | None = None,
-    normalization: _n.Normalization = "elementwise",
-    normalize: _n.LeafSelection | None = None,
-    perturb: _n.LeafSelection | None = None,
 ) -> AverageCase:
   r"""Average-case (adaptive) sharpness, with its standard error.
 
@@ -65,30 +62,35 @@ def average_case(
     loss: ``loss(params) -> scalar``, deterministic (evaluation mode).
     params: the weights w, a pytree of real float arrays.
     rho: the scale, >= 0, in the unit of ``T_w^{-1} w``; a number or traced.
-    eta: the stabilizer of T_w, >= 0; likewise.
-    p: for ``"uniform"``, the ball's exponent: 1, 2 or inf. ``"normal"`` has none.
+      One that is traced and turns out to be negative or NaN makes the value NaN.
+    geometry: T_w, the leaves that get it, those that are perturbed, and, for
+      ``"uniform"``, the ball's exponent p: 1, 2 or inf (``"normal"`` has none); see
+      :class:`asam_jax.Geometry`. ``Geometry(normalization="none")`` for plain
+      sharpness.
     distribution: ``"normal"`` or ``"uniform"``.
     samples: the number of perturbations, at least 2 independent terms.
     antithetic: whether they come in pairs; then samples is even and at least 4.
     key: the random key; ``jax.random.key(0)`` if not given.
-    normalization: the operator T_w; ``"none"`` for plain sharpness.
-    normalize: the leaves that get T_w; see :func:`asam_jax.ascent`.
-    perturb: the leaves that are perturbed at all; see :func:`asam_jax.ascent`.
 
   Returns:
     An :class:`AverageCase`.
 
   Raises:
-    ValueError: for an unknown distribution, a p without a ball, a negative rho or
-      eta, a wrong number of samples, or nothing to perturb.
-    TypeError: if the loss is not a real scalar or a perturbed leaf is not float.
+    ValueError: for an unknown distribution, a p without a ball, a negative or
+      infinite rho, a wrong number of samples, a T that does not broadcast to its
+      leaf, or nothing to perturb.
+    TypeError: if rho is not one real number, samples no int, geometry no
+      ``Geometry``, or key no random key; if the loss is not a function or not a real
+      scalar, or a perturbed leaf is not float.
 
   Examples:
     >>> import jax.numpy as jnp
+    >>> import asam_jax
     >>> from asam_jax import sharpness
     >>> loss = lambda w: 0.5 * jnp.sum(w**2)  # mean rise: rho^2 |w|^2 / 2
     >>> result = sharpness.average_case(
-    ...     loss, jnp.full(100, 2.0), rho=0.1, eta=0.0, samples=64)
+    ...     loss, jnp.full(100, 2.0), rho=0.1, geometry=asam_jax.Geometry(eta=0.0),
+    ...     samples=64)
     >>> print(f"{result.value:.1f} +- {result.standard_error:.1f}")
     2.0 +- 0.1
 
@@ -96,27 +98,24 @@ def average_case(
     Andriushchenko et al., `A modern look at the relationship between sharpness and
     generalization <https://arxiv.org/abs/2302.07011>`_, 2023
   """
-  _g.number("rho", rho)
-  if distribution not in ("normal", "uniform"):
-    raise ValueError(
-        f'distribution={distribution!r} is unknown; use "normal" or "uniform".'
-    )
-  if distribution == "uniform":
-    _checks.exponent(p)
-    if p not in (1, 2) and not math.isinf(p):
-      raise ValueError(f"p={p!r} must be 1, 2 or inf for a uniform distribution.")
-  _g.count("samples", samples, 4 if antithetic else 2)
+  loss = _arguments.loss(loss)
+  key = _arguments.random_key(key)
+  coordinates = Coordinates.build(params, geometry)
+  rho, p = coordinates.radius(rho), geometry.p
+  _arguments.one_of("distribution", distribution, ("normal", "uniform"))
+  if distribution == "uniform" and not _balls.has_closed_form(p):
+    raise ValueError(f"p={p!r} must be 1, 2 or inf for a uniform distribution.")
+  _arguments.flag("antithetic", antithetic)
+  samples = _arguments.count("samples", samples, 4 if antithetic else 2)
   if antithetic and samples % 2:
     raise ValueError(f"samples={samples} must be even, for antithetic=True pairs them.")
 
-  coordinates = _g.Coordinates.build(params, eta, normalization, normalize, perturb)
-  rho = jnp.asarray(rho, coordinates.dtype)
   at = coordinates.pull_back(loss)
   clean = at(coordinates.zeros())
 
   def draw(key):
     if distribution == "uniform":
-      delta = _g.uniform_in_ball(coordinates, key, rho, p)
+      delta = _balls.uniform(coordinates, key, rho, p)
     else:
       delta = [rho * d for d in coordinates.normal(key)]
     value = at(delta)
@@ -124,7 +123,6 @@ def average_case(
       value = (value + at([-d for d in delta])) / 2
     return value - clean
 
-  key = jax.random.key(0) if key is None else key
   # One draw after another: memory is that of one perturbation.
   draws = lax.map(draw, jax.random.split(key, samples // 2 if antithetic else samples))
   return AverageCase(jnp.mean(draws), standard_error(draws), draws)

@@ -19,9 +19,11 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import PRNGKeyArray
 
-from asam_jax import _normalization as _n
+from asam_jax import _arguments
+from asam_jax import _trees
+from asam_jax._coordinates import Coordinates
+from asam_jax._geometry import Geometry
 from asam_jax.sharpness import _average_case
-from asam_jax.sharpness import _geometry as _g
 
 
 class Eigenpairs(NamedTuple):
@@ -59,62 +61,64 @@ def hessian_eigenvalues(
     loss: Callable[[Any], Any],
     params: Any,
     k: int = 1,
-    eta: Any = 0.01,
     *,
+    geometry: Geometry = Geometry(),
     steps: int = 32,
     key: PRNGKeyArray | None = None,
-    normalization: _n.Normalization = "elementwise",
-    normalize: _n.LeafSelection | None = None,
-    perturb: _n.LeafSelection | None = None,
 ) -> Eigenpairs:
   r"""The largest eigenvalues of the Hessian in the adaptive geometry.
 
   .. math:: T_w \nabla^2 L(w)\, T_w\, v = \lambda v
 
-  (the algebraically largest ones), or of the Hessian itself with
-  ``normalization="none"``. At a minimum :math:`\rho^2 \lambda_1 / 2` is the
-  worst-case sharpness of p = 2 for small rho. By Lanczos' method with full
-  reorthogonalization: ``steps`` Hessian-vector products, and memory for ``steps``
-  copies of the weights.
+  (the algebraically largest ones), or of the Hessian itself where T = 1. At a minimum
+  :math:`\rho^2 \lambda_1 / 2` is the worst-case sharpness of p = 2 for small rho. By
+  Lanczos' method with full reorthogonalization: ``steps`` Hessian-vector products, and
+  memory for ``steps`` copies of the weights.
 
   Args:
     loss: ``loss(params) -> scalar``, twice differentiable almost everywhere.
     params: the weights w, a pytree of real float arrays.
     k: the number of eigenvalues, at most ``steps``.
-    eta: the stabilizer of T_w, >= 0; a number or traced.
+    geometry: T_w, the leaves that get it, and (``perturb``) those whose block of
+      the Hessian is taken; see :class:`asam_jax.Geometry`. Its p plays no part.
+      ``Geometry(normalization="none")`` for the plain Hessian.
     steps: the size of the Krylov space; no more than there are weights are used.
       Look at the residuals, and take more if they are not small.
     key: for the start; ``jax.random.key(0)`` if not given.
-    normalization: the operator T_w; ``"none"`` for the plain Hessian.
-    normalize: the leaves that get T_w; see :func:`asam_jax.ascent`.
-    perturb: the leaves whose block of the Hessian is taken; by default all.
 
   Returns:
     An :class:`Eigenpairs`.
 
   Raises:
-    ValueError: if k or steps is not a positive int, k exceeds steps or the number
-      of weights, eta is negative, or there is nothing to perturb.
-    TypeError: if the loss is not a real scalar or a perturbed leaf is not float.
+    ValueError: if k or steps is below 1, k exceeds steps or the number of weights,
+      a T does not broadcast to its leaf, or there is nothing to perturb.
+    TypeError: if a count is no int, geometry no ``Geometry``, or key no random key;
+      if the loss is not a function or not a real scalar, or a perturbed leaf is not
+      float.
 
   Examples:
     >>> import jax.numpy as jnp
+    >>> import asam_jax
     >>> from asam_jax import sharpness
     >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([1.0, 4.0]) * w**2)
     >>> w = jnp.array([3.0, 0.5])
-    >>> plain = sharpness.hessian_eigenvalues(loss, w, k=2, normalization="none")
+    >>> plain = sharpness.hessian_eigenvalues(
+    ...     loss, w, k=2, geometry=asam_jax.Geometry(normalization="none"))
     >>> print([f"{value:.3f}" for value in plain.values])
     ['4.000', '1.000']
-    >>> print(f"{sharpness.hessian_eigenvalues(loss, w, eta=0.0).values[0]:.3f}")
+    >>> adaptive = sharpness.hessian_eigenvalues(
+    ...     loss, w, geometry=asam_jax.Geometry(eta=0.0))
+    >>> print(f"{adaptive.values[0]:.3f}")
     9.000
 
   References:
     Golub and Van Loan, *Matrix Computations*, 4th ed., section 10.1
   """
-  _g.count("k", k, 1)
-  _g.count("steps", steps, 1)
-  coordinates = _g.Coordinates.build(params, eta, normalization, normalize, perturb)
-  steps = min(steps, coordinates.size)
+  loss = _arguments.loss(loss)
+  key = _arguments.random_key(key)
+  k = _arguments.count("k", k, 1)
+  coordinates = Coordinates.build(params, geometry)
+  steps = min(_arguments.count("steps", steps, 1), coordinates.size)
   if k > steps:
     raise ValueError(
         f"k={k} exceeds the size of the Krylov space, {steps}; raise steps, or ask"
@@ -126,7 +130,6 @@ def hessian_eigenvalues(
   def flat_product(v):
     return flatten_util.ravel_pytree(product(unravel(v)))[0]
 
-  key = jax.random.key(0) if key is None else key
   basis, diagonal, off_diagonal = _lanczos(flat_product, flat, steps, key)
   tridiagonal = (
       jnp.diag(diagonal)
@@ -143,13 +146,10 @@ def hessian_eigenvalues(
 def hessian_trace(
     loss: Callable[[Any], Any],
     params: Any,
-    eta: Any = 0.01,
     *,
+    geometry: Geometry = Geometry(),
     samples: int = 32,
     key: PRNGKeyArray | None = None,
-    normalization: _n.Normalization = "elementwise",
-    normalize: _n.LeafSelection | None = None,
-    perturb: _n.LeafSelection | None = None,
 ) -> TraceEstimate:
   r"""The trace of the Hessian in the adaptive geometry, estimated.
 
@@ -164,46 +164,50 @@ def hessian_trace(
   Args:
     loss: ``loss(params) -> scalar``, twice differentiable almost everywhere.
     params: the weights w, a pytree of real float arrays.
-    eta: the stabilizer of T_w, >= 0; a number or traced.
+    geometry: T_w, the leaves that get it, and (``perturb``) those whose block of
+      the Hessian is taken; see :class:`asam_jax.Geometry`. Its p plays no part.
+      ``Geometry(normalization="none")`` for the plain Hessian.
     samples: the number of probes, at least 2.
     key: for the probes; ``jax.random.key(0)`` if not given.
-    normalization: the operator T_w; ``"none"`` for the plain Hessian.
-    normalize: the leaves that get T_w; see :func:`asam_jax.ascent`.
-    perturb: the leaves whose block of the Hessian is taken; by default all.
 
   Returns:
     A :class:`TraceEstimate`.
 
   Raises:
-    ValueError, TypeError: as :func:`hessian_eigenvalues` does.
+    ValueError: if samples is below 2, a T does not broadcast to its leaf, or there
+      is nothing to perturb.
+    TypeError: as :func:`hessian_eigenvalues` does.
 
   Examples:
     >>> import jax.numpy as jnp
+    >>> import asam_jax
     >>> from asam_jax import sharpness
     >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([1.0, 4.0]) * w**2)
     >>> w = jnp.array([3.0, 0.5])
-    >>> print(sharpness.hessian_trace(loss, w, eta=0.0).value)  # diagonal: exact
+    >>> geometry = asam_jax.Geometry(eta=0.0)
+    >>> trace = sharpness.hessian_trace(loss, w, geometry=geometry)
+    >>> print(trace.value)  # exact, for T H T is diagonal
     10.0
 
   References:
     Hutchinson, *A stochastic estimator of the trace of the influence matrix for
     Laplacian smoothing splines*, 1990
   """
-  _g.count("samples", samples, 2)
-  coordinates = _g.Coordinates.build(params, eta, normalization, normalize, perturb)
+  loss = _arguments.loss(loss)
+  key = _arguments.random_key(key)
+  samples = _arguments.count("samples", samples, 2)
+  coordinates = Coordinates.build(params, geometry)
   product = _hessian_product(loss, coordinates)
 
   def draw(key):
     probe = coordinates.signs(key)
-    image = product(probe)
-    return sum(jnp.sum(a * b) for a, b in zip(probe, image, strict=True))
+    return _trees.dot(probe, product(probe)).astype(coordinates.dtype)
 
-  key = jax.random.key(0) if key is None else key
   draws = lax.map(draw, jax.random.split(key, samples))
   return TraceEstimate(jnp.mean(draws), _average_case.standard_error(draws), draws)
 
 
-def _hessian_product(loss, coordinates: _g.Coordinates):
+def _hessian_product(loss, coordinates: Coordinates):
   """The map v -> T H T v, forward over reverse, with one linearization for all v."""
   gradient = jax.grad(coordinates.pull_back(loss))
   return jax.linearize(gradient, coordinates.zeros())[1]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 import numpy as np
 import optax
 
-from asam_jax.sharpness import _geometry as _g
+from asam_jax import _arguments
 from asam_jax.sharpness import _worst_case
 
 
@@ -62,7 +62,7 @@ def m_sharpness(
     mesh: devices to share the batches among, one batch each: a one-dimensional
       ``jax.sharding.Mesh``. The values are those of one device. None: no sharing.
     progress: whether to show a progress bar over the batches (tqdm).
-    **options: further arguments of the measure: rho, eta, p, steps, ...
+    **options: further arguments of the measure: rho, geometry, steps, ...
 
   Returns:
     ``f(params, data, key=None) -> MSharpness``. ``data`` is a pytree of arrays with
@@ -70,15 +70,19 @@ def m_sharpness(
     the key ``fold_in(key, i)``; key is ``jax.random.key(0)`` if not given.
 
   Raises:
-    ValueError: if m is not a positive int, the mesh has more than one axis, or (in
-      the call) the data are empty or their leading axes differ.
+    ValueError: if m is below 1, the mesh has more than one axis, or (in the call) the
+      data are empty or their leading axes differ.
+    TypeError: if m is no int, loss or measure no function, mesh no mesh, or (in the
+      call) key is no random key, or the measure's result has no scalar ``value``.
 
   Examples:
     >>> import jax.numpy as jnp
+    >>> import asam_jax
     >>> from asam_jax import sharpness
     >>> loss = lambda w, batch: jnp.mean((batch["x"] * w - batch["y"]) ** 2)
     >>> data = {"x": jnp.arange(10.0), "y": 2 * jnp.arange(10.0)}
-    >>> measure = sharpness.m_sharpness(loss, m=4, rho=0.1, eta=0.0)
+    >>> measure = sharpness.m_sharpness(
+    ...     loss, m=4, rho=0.1, geometry=asam_jax.Geometry(eta=0.0))
     >>> result = measure(jnp.array(2.0), data)
     >>> print(f"{result.value:.2f}", result.sizes)
     1.14 [4. 4. 2.]
@@ -87,12 +91,22 @@ def m_sharpness(
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
-  _g.count("m", m, 1)
+  m = _arguments.count("m", m, 1)
+  _arguments.function("loss", loss, "of the parameters and a batch")
+  _arguments.function("measure", measure, "(loss, params, key=..., **options)")
+  if mesh is not None:
+    _arguments.instance("mesh", mesh, jax.sharding.Mesh)
   if mesh is not None and len(mesh.axis_names) != 1:
     raise ValueError(f"mesh={mesh} must have one axis; flatten it to one.")
 
   def of_batch(params, batch, key):
-    return measure(lambda w: loss(w, batch), params, key=key, **options).value
+    result = measure(lambda w: loss(w, batch), params, key=key, **options)
+    if getattr(getattr(result, "value", None), "shape", None) != ():
+      raise TypeError(
+          f"measure={measure!r} returned {result!r}; its result must have a scalar"
+          " attribute value."
+      )
+    return result.value
 
   single = jax.jit(of_batch)
   shared = single if mesh is None else jax.jit(_share(of_batch, mesh))
@@ -100,7 +114,7 @@ def m_sharpness(
 
   def over_data(params, data, key=None) -> MSharpness:
     n = _length(data)
-    key = jax.random.key(0) if key is None else key
+    key = _arguments.random_key(key)
     whole = n // m
     # Rounds of one batch per device; what is left over goes one by one.
     rounds = [(i, lanes) for i in range(0, whole - lanes + 1, lanes)]
@@ -148,14 +162,14 @@ def _share(of_batch, mesh: jax.sharding.Mesh):
 
 
 def _length(data: Any) -> int:
-  lengths = {jnp.shape(x)[:1] for x in jtu.tree_leaves(data)}
-  if len(lengths) != 1 or lengths & {(), (0,)}:
-    shapes = [jnp.shape(x) for x in jtu.tree_leaves(data)]
+  shapes = [getattr(x, "shape", ()) for x in jtu.tree_leaves(data)]
+  lengths = {shape[0] if shape else 0 for shape in shapes}
+  if len(lengths) != 1 or 0 in lengths:
     raise ValueError(
         f"data have arrays of shapes {shapes}; they must share a leading axis of at"
         " least one example."
     )
-  return lengths.pop()[0]
+  return lengths.pop()
 
 
 def _rows(data: Any, start: int, stop: int) -> Any:
@@ -206,7 +220,14 @@ def classification_loss(
 
   Returns:
     A function of params and a pair of inputs ``[m, ...]`` and integer labels
-    ``[m]``, for :func:`m_sharpness`.
+    ``[m]``, for :func:`m_sharpness`. Labels outside ``[0, K)`` raise; where they are
+    traced, as under ``jit`` and in :func:`m_sharpness`, they make the loss NaN.
+
+  Raises:
+    TypeError: if predict is no function or normalize_logits no bool; or (in the call)
+      the batch is no pair, labels are no integers, or logits have no axis.
+    ValueError: (in the call) if labels have not one entry per row of the logits, or
+      lie outside ``[0, K)``.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -221,15 +242,41 @@ def classification_loss(
     Andriushchenko et al., `A modern look at the relationship between sharpness and
     generalization <https://arxiv.org/abs/2302.07011>`_, 2023
   """
+  _arguments.function("predict", predict, "of the parameters and inputs")
+  _arguments.flag("normalize_logits", normalize_logits)
 
   def loss(params, batch):
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+      raise TypeError(f"batch={batch!r} must be a pair (inputs, labels).")
     inputs, labels = batch
-    logits = predict(params, inputs)
+    logits = jnp.asarray(predict(params, inputs))
+    known = _known_labels(labels, logits)
     if normalize_logits:
       variance = jnp.var(logits, axis=-1, keepdims=True)
       logits = logits / jnp.sqrt(jnp.where(variance > 0, variance, 1))
-    return jnp.mean(
-        optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-    )
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.mean(jnp.where(known, losses, jnp.nan))
 
   return loss
+
+
+def _known_labels(labels: Any, logits: Array) -> Array:
+  """Which labels are classes, after a check that there is one per row of logits."""
+  dtype = getattr(labels, "dtype", None)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+    raise TypeError(f"labels={labels!r} must be an array of integers, one per example.")
+  if logits.ndim == 0:
+    raise TypeError("predict returned one number; it must return logits [m, K].")
+  *rows, classes = logits.shape
+  if labels.shape != tuple(rows):
+    raise ValueError(
+        f"labels have shape {labels.shape}, but the logits have {logits.shape}; give"
+        f" one label per row, an array of shape {tuple(rows)}."
+    )
+  known = (labels >= 0) & (labels < classes)
+  if _arguments.is_concrete(labels) and not np.all(known):
+    raise ValueError(
+        f"labels={labels!r} must be in [0, {classes}), one of the {classes} classes of"
+        " the logits; leave examples without a class out."
+    )
+  return jnp.asarray(known)

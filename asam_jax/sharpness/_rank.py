@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from asam_jax import _arguments
+
 
 class Estimate(NamedTuple):
   """A coefficient and its bootstrap interval.
@@ -77,7 +79,10 @@ def rank_correlation(
 
   Raises:
     ValueError: if lengths differ, values are not finite, fewer than two networks
-      are given, ``along`` names no setting, or level is outside (0, 1).
+      are given, ``along`` names no setting, level is outside (0, 1), resamples is
+      below 1, or seed below 0.
+    TypeError: if measure or gap are no real numbers, settings is no mapping, along no
+      sequence of names, level no number, or resamples or seed no int.
 
   Examples:
     >>> from asam_jax import sharpness
@@ -91,9 +96,11 @@ def rank_correlation(
     <https://arxiv.org/abs/1912.02178>`_, 2020
   """
   measure, gap = _vector("measure", measure), _vector("gap", gap)
-  columns = {name: np.asarray(value) for name, value in (settings or {}).items()}
-  along = list(columns) if along is None else list(along)
+  columns = _columns(settings)
+  along = list(columns) if along is None else _names(along)
   _check(measure, gap, columns, along, level)
+  resamples = _arguments.count("resamples", resamples)
+  seed = _arguments.count("seed", seed, 0)
 
   rng = np.random.default_rng(seed)
   n = len(measure)
@@ -119,13 +126,32 @@ def rank_correlation(
 
 
 def _vector(argument: str, values: Any) -> np.ndarray:
-  values = np.asarray(values, np.float64)
+  numbers = np.asarray(values)
+  if not np.isrealobj(numbers) or numbers.dtype.kind not in "iuf":
+    raise TypeError(f"{argument}={values!r} must be a vector of real numbers.")
+  values = numbers.astype(np.float64)
   if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
     raise ValueError(
         f"{argument}={values!r} must be a vector of at least two finite numbers;"
         " leave out the networks without one."
     )
   return values
+
+
+def _columns(settings: Any) -> dict[str, np.ndarray]:
+  if settings is None:
+    return {}
+  if not isinstance(settings, Mapping):
+    raise TypeError(
+        f"settings={settings!r} must be a dict from each hyper-parameter to its values."
+    )
+  return {name: np.asarray(value) for name, value in settings.items()}
+
+
+def _names(along: Any) -> list[str]:
+  if isinstance(along, str) or not isinstance(along, Sequence):
+    raise TypeError(f"along={along!r} must be a list of names of settings.")
+  return list(along)
 
 
 def _check(measure, gap, columns, along, level) -> None:
@@ -138,6 +164,7 @@ def _check(measure, gap, columns, along, level) -> None:
   for name in along:
     if name not in columns:
       raise ValueError(f"along={along!r}: {name!r} is none of {list(columns)}.")
+  _arguments.scalar("level", level)
   if not 0 < level < 1:
     raise ValueError(f"level={level!r} must be in (0, 1), such as 0.95.")
 

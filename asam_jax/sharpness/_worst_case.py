@@ -16,10 +16,11 @@ from jaxtyping import Int
 from jaxtyping import PRNGKeyArray
 import optax
 
+from asam_jax import _arguments
 from asam_jax import _ascent
-from asam_jax import _checks
-from asam_jax import _normalization as _n
-from asam_jax.sharpness import _geometry as _g
+from asam_jax._coordinates import Coordinates
+from asam_jax._geometry import Geometry
+from asam_jax.sharpness import _balls
 
 _METHODS = ("apgd", "pga", "one_step")
 # Auto-PGD: the weight of the new step against momentum, and the share of steps
@@ -46,22 +47,18 @@ def worst_case(
     loss: Callable[[Any], Any],
     params: Any,
     rho: Any = 0.5,
-    eta: Any = 0.01,
-    p: float = 2,
     *,
+    geometry: Geometry = Geometry(),
     method: str = "apgd",
     steps: int = 20,
     restarts: int = 1,
     key: PRNGKeyArray | None = None,
-    normalization: _n.Normalization = "elementwise",
-    normalize: _n.LeafSelection | None = None,
-    perturb: _n.LeafSelection | None = None,
 ) -> WorstCase:
   r"""Worst-case (adaptive) sharpness.
 
   .. math:: \max_{\|T_w^{-1}\epsilon\|_p \le \rho} L(w + \epsilon) - L(w)
 
-  with the T_w, p and selections of :func:`asam_jax.ascent`. The searches run in
+  with the T_w, p and selections of the geometry. The searches run in
   :math:`\delta = T_w^{-1}\epsilon`, where the ellipsoid is a plain ball, and keep
   the best point they see; that point is feasible, so the value is a lower bound of
   the maximum. It is never below the one-step value at the same arguments.
@@ -70,44 +67,51 @@ def worst_case(
   together with the loss to log it during training. It costs
   (1 + restarts) * (steps + 1) + 1 gradients.
 
-  With ``eta=0`` and ``normalize=lambda path, leaf: True`` the value is the same for
-  all rescalings of a ReLU network; with the defaults nearly so. Iterates at which
-  the loss is NaN are never the best.
+  With ``Geometry(eta=0, normalize=lambda path, leaf: True)`` the value is the same
+  for all rescalings of a ReLU network; with the defaults nearly so. Iterates at which
+  the loss is NaN are never the best. A traced rho that turns out to be negative or
+  NaN makes the value NaN.
 
   Args:
     loss: ``loss(params) -> scalar``, deterministic (evaluation mode).
     params: the weights w, a pytree of real float arrays.
     rho: the radius, >= 0, in the unit of ``T_w^{-1} w``; a number or traced.
-    eta: the stabilizer of T_w, >= 0, in the unit of the weights; likewise.
-    p: the norm's exponent: 1, 2 or inf; any in [1, inf] for ``"one_step"``.
-    method: ``"apgd"``, Auto-PGD: momentum, step halved where progress stalls;
-      ``"pga"``, projected gradient ascent, its step falling from rho to 0;
-      ``"one_step"``, the closed form that ASAM takes.
+    geometry: T_w, the leaves that get it, those that are perturbed, and the norm's
+      exponent p: 1, 2 or inf, or any in [1, inf] for ``"one_step"``; see
+      :class:`asam_jax.Geometry`. ``Geometry(normalization="none")`` for plain
+      sharpness.
+    method: ``"apgd"``, Auto-PGD: momentum, and where progress stalls a step of half
+      the length from the best point (here without momentum); ``"pga"``, projected
+      gradient ascent, its step falling from rho to 0; ``"one_step"``, the closed form
+      that ASAM takes.
     steps: the number of iterations of a search.
     restarts: the number of random starts in the ball, beside the one at w. At a
       minimum, where the gradient vanishes, only these leave w.
     key: for the random starts; ``jax.random.key(0)`` if not given.
-    normalization: the operator T_w; ``"none"`` for plain sharpness.
-    normalize: the leaves that get T_w; see :func:`asam_jax.ascent`.
-    perturb: the leaves that are perturbed at all; see :func:`asam_jax.ascent`.
 
   Returns:
     A :class:`WorstCase`.
 
   Raises:
-    ValueError: for an unknown method, a p without a projection, a negative rho or
-      eta, a wrong count, or nothing to perturb.
-    TypeError: if the loss is not a real scalar or a perturbed leaf is not float.
+    ValueError: for an unknown method, a p without a projection, a negative or
+      infinite rho, a count that is too small, a T that does not broadcast to its
+      leaf, or nothing to perturb.
+    TypeError: if rho is not one real number, a count no int, geometry no
+      ``Geometry``, or key no random key; if the loss is not a function or not a real
+      scalar, or a perturbed leaf is not float.
 
   Examples:
     >>> import jax.numpy as jnp
+    >>> import asam_jax
     >>> from asam_jax import sharpness
     >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([1.0, 4.0]) * w**2)
     >>> w = jnp.array([1.0, 0.0])
-    >>> plain = sharpness.worst_case(loss, w, rho=1.0, normalization="none")
+    >>> sphere = asam_jax.Geometry(normalization="none")
+    >>> plain = sharpness.worst_case(loss, w, rho=1.0, geometry=sphere)
     >>> print(f"{plain.value:.3f}")
     2.167
-    >>> adaptive = sharpness.worst_case(loss, w, rho=1.0, eta=0.0)
+    >>> ellipsoid = asam_jax.Geometry(eta=0.0)
+    >>> adaptive = sharpness.worst_case(loss, w, rho=1.0, geometry=ellipsoid)
     >>> print(f"{adaptive.value:.4f}", adaptive.perturbation.tolist())
     1.5000 [1.0, 0.0]
 
@@ -120,14 +124,15 @@ def worst_case(
     Andriushchenko et al., `A modern look at the relationship between sharpness and
     generalization <https://arxiv.org/abs/2302.07011>`_, 2023
   """
-  _g.number("rho", rho)
+  loss = _arguments.loss(loss)
+  key = _arguments.random_key(key)
+  coordinates = Coordinates.build(params, geometry)
+  rho, p = coordinates.radius(rho), geometry.p
   _check(method, p, steps, restarts)
-  coordinates = _g.Coordinates.build(params, eta, normalization, normalize, perturb)
-  single = _one_step(loss, coordinates, rho, eta, p, normalization, normalize, perturb)
+  single = _one_step(loss, coordinates, rho, geometry)
   if method == "one_step":
     return single
 
-  rho = jnp.asarray(rho, coordinates.dtype)
   value_and_grad = jax.value_and_grad(coordinates.pull_back(loss))
   schedule = _schedule(steps, method)
   first = 2 * rho if method == "apgd" else rho
@@ -137,7 +142,7 @@ def worst_case(
     index, key = inputs
     start = [
         jnp.where(index == 0, 0, x)
-        for x in _g.uniform_in_ball(coordinates, key, rho, p)
+        for x in _balls.uniform(coordinates, key, rho, p)
     ]
     delta, value, values = _search(value_and_grad, start, rho, p, first, schedule)
     # L(w) as this same program computes it, so that no rounding looks like a rise.
@@ -149,29 +154,28 @@ def worst_case(
     return (best, clean), values - clean
 
   # One search after another: compiled once, and memory stays that of one.
-  keys = jax.random.split(jax.random.key(0) if key is None else key, 1 + restarts)
+  keys = jax.random.split(key, 1 + restarts)
   carry = ((single.value, single.perturbation), jnp.zeros_like(rho))
   inputs = (jnp.arange(1 + restarts), keys)
   ((value, epsilon), _), trace = lax.scan(search, carry, inputs)
-  return WorstCase(value, epsilon, trace)
+  return WorstCase(jnp.where(jnp.isnan(rho), jnp.nan, value), epsilon, trace)
 
 
-def _check(method: str, p: float, steps: int, restarts: int) -> None:
-  if method not in _METHODS:
-    raise ValueError(f"method={method!r} is unknown; use one of {_METHODS}.")
-  if method == "one_step":
-    _checks.exponent(p)
-  else:
-    _g.searchable(p)
-  _g.count("steps", steps, 1)
-  _g.count("restarts", restarts, 0)
+def _check(method: Any, p: float, steps: Any, restarts: Any) -> None:
+  _arguments.one_of("method", method, _METHODS)
+  if method != "one_step" and not _balls.has_closed_form(p):
+    raise ValueError(
+        f"p={p!r}: only the balls of p = 1, 2 and inf have a projection in closed"
+        ' form; use one of these, or method="one_step", which takes every p.'
+    )
+  _arguments.count("steps", steps, 1)
+  _arguments.count("restarts", restarts, 0)
 
 
-def _one_step(loss, coordinates, rho, eta, p, *selection) -> WorstCase:
+def _one_step(loss, coordinates: Coordinates, rho, geometry: Geometry) -> WorstCase:
   params, dtype = coordinates.params, coordinates.dtype
-  rules = _g.leaf_rules(params, *selection)
-  clean, grads = jax.value_and_grad(lambda w: _g.loss_value(loss, w))(params)
-  epsilon, _ = _ascent.perturbation(grads, params, rules, rho, eta, p)
+  clean, grads = jax.value_and_grad(loss, allow_int=True)(params)
+  epsilon = _ascent.perturbation(grads, params, geometry, rho)[0]
   moved = optax.apply_updates(params, epsilon)
   value = jnp.asarray(loss(moved), dtype) - jnp.asarray(clean, dtype)
   return WorstCase(value, epsilon, value[None, None])
@@ -251,8 +255,8 @@ def _search(value_and_grad, start, rho, p, first_step, schedule: _Schedule):
 
 
 def _plain_step(now: _Point, step, rho, p):
-  direction = _g.ascent_direction(now.grads, step, p)
-  return _g.project(jtu.tree_map(jnp.add, now.delta, direction), rho, p)
+  direction = _balls.steepest(now.grads, step, p)
+  return _balls.project(jtu.tree_map(jnp.add, now.delta, direction), rho, p)
 
 
 def _momentum_step(now: _Point, before, step, rho, p, index):
@@ -262,7 +266,7 @@ def _momentum_step(now: _Point, before, step, rho, p, index):
     mixed = x + _MOMENTUM * (new - x) + (1 - _MOMENTUM) * (x - old)
     return jnp.where(index == 0, new, mixed)
 
-  return _g.project(jtu.tree_map(mix, now.delta, target, before), rho, p)
+  return _balls.project(jtu.tree_map(mix, now.delta, target, before), rho, p)
 
 
 def _adapt(progress: _Progress, gap, best):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from asam_jax import Geometry
 from asam_jax import sharpness
 from tests import problems
 from tests.sharpness import cases
@@ -45,10 +46,11 @@ def test_against_a_dense_hessian(normalization):
     loss = cases.network_loss(batch)
     matrix = dense_network(normalization, 0.05)
     expected, _ = np.linalg.eigh(matrix)
-    options = {"normalization": normalization, "normalize": cases.every_leaf}
+    geometry = Geometry(
+        0.05, normalization=normalization, normalize=cases.every_leaf)
     result, trace = jax.jit(lambda params: (
-        sharpness.hessian_eigenvalues(loss, params, 4, 0.05, steps=60, **options),
-        sharpness.hessian_trace(loss, params, 0.05, samples=400, **options),
+        sharpness.hessian_eigenvalues(loss, params, 4, geometry=geometry, steps=60),
+        sharpness.hessian_trace(loss, params, geometry=geometry, samples=400),
     ))(params)
     np.testing.assert_allclose(result.values, expected[::-1][:4], rtol=1e-6)
     assert result.residuals.max() < 1e-3 * expected[-1]
@@ -73,7 +75,7 @@ def test_residuals_tell_an_unconverged_value():
     loss = cases.network_loss(batch)
     expected = np.linalg.eigvalsh(dense_network("none", 0.05))
     result = jax.jit(lambda params: sharpness.hessian_eigenvalues(
-        loss, params, steps=4, normalization="none"))(params)
+        loss, params, steps=4, geometry=Geometry(normalization="none")))(params)
     nearest = np.min(np.abs(expected - result.values[0]))
     assert 1e-6 < nearest <= result.residuals[0] * (1 + 1e-9)
 
@@ -83,7 +85,7 @@ def test_residuals_tell_an_unconverged_value():
 def leading_three(spectrum):
   loss = lambda w: jnp.sum(spectrum * w**2) / 2
   return sharpness.hessian_eigenvalues(
-      loss, jnp.ones(8), 3, steps=8, normalization="none").values
+      loss, jnp.ones(8), 3, steps=8, geometry=Geometry(normalization="none")).values
 
 
 @pytest.mark.parametrize("values", [
@@ -99,8 +101,8 @@ def test_krylov_space_that_ends_early(values):
 
 def test_zero_weights_have_no_curvature_in_the_adaptive_geometry():
   loss = lambda w: jnp.sum(jnp.array([1.0, 100.0, 4.0]) * w**2) / 2
-  result = jax.jit(lambda w: sharpness.hessian_eigenvalues(loss, w, 3, 0.0))(
-      jnp.array([1.0, 0.0, 2.0]))
+  result = jax.jit(lambda w: sharpness.hessian_eigenvalues(
+      loss, w, 3, geometry=Geometry(0.0)))(jnp.array([1.0, 0.0, 2.0]))
   np.testing.assert_allclose(result.values, [16, 1, 0], atol=1e-5)
   assert (result.directions[:2, 1] == 0).all()
 
@@ -117,7 +119,8 @@ def test_small_rho_limit_of_one_step_worst_case_and_eigenvalue():
     @jax.jit
     def at(rho, slope, w):
       measures = (
-          sharpness.worst_case(lambda w: tilted(w, slope), w, rho, 0.0, **options)
+          sharpness.worst_case(
+              lambda w: tilted(w, slope), w, rho, geometry=Geometry(0.0), **options)
           for options in ({"steps": 200, "restarts": 2}, {"method": "one_step"}))
       return [measure.value for measure in measures]
 
@@ -135,7 +138,8 @@ def test_small_rho_limit_of_one_step_worst_case_and_eigenvalue():
     # cannot leave, for it has no gradient to follow.
     found, single = at(1e-3, grads, params)
     top = jax.jit(lambda w: sharpness.hessian_eigenvalues(
-        lambda w: tilted(w, grads), w, 1, 0.0, steps=60).values[0])(params)
+        lambda w: tilted(w, grads), w, geometry=Geometry(0.0), steps=60).values[0])(
+            params)
     np.testing.assert_allclose(found, 1e-3**2 * top / 2, rtol=1e-2)
     assert abs(single) < 1e-10
 
@@ -150,20 +154,13 @@ def test_works_under_jit_in_half_precision():
   params, batch = cases.network(0)
   half, _ = cases.network(0, dtype=jnp.bfloat16)
   run = jax.jit(lambda w: sharpness.hessian_eigenvalues(
-      cases.network_loss(batch), w, 1, 0.05).values)
+      cases.network_loss(batch), w, geometry=Geometry(0.05)).values)
   np.testing.assert_allclose(run(half), run(params), rtol=0.15)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"k": 0}, "k=0"), ({"k": 3}, "k=3.*2 weights"), ({"steps": 0}, "steps=0"),
-     ({"k": 2, "steps": 1}, "k=2"), ({"eta": -1.0}, "eta=-1.0")],
-)
-def test_bad_values(options, message):
-  with pytest.raises(ValueError, match=message):
-    sharpness.hessian_eigenvalues(jnp.sum, jnp.ones(2), **options)
-
-
-def test_trace_needs_two_probes():
-  with pytest.raises(ValueError, match="samples=1"):
-    sharpness.hessian_trace(jnp.sum, jnp.ones(2), samples=1)
+def test_at_most_as_many_eigenvalues_as_there_are_weights_and_steps():
+  find = functools.partial(sharpness.hessian_eigenvalues, jnp.sum, jnp.ones(2))
+  with pytest.raises(ValueError, match="k=3.*2 weights"):
+    find(3)
+  with pytest.raises(ValueError, match="k=2.*raise steps"):
+    find(2, steps=1)

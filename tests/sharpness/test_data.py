@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from asam_jax import Geometry
 from asam_jax import sharpness
 from tests.sharpness import cases
 
-OPTIONS = {"rho": 0.3, "eta": 0.0, "steps": 5, "restarts": 1}
+OPTIONS = {"rho": 0.3, "geometry": Geometry(0.0), "steps": 5, "restarts": 1}
 M = 5  # of 24 examples: four whole batches, and four examples left over
 
 
@@ -49,7 +50,8 @@ def test_is_the_weighted_mean_over_batches():
 def test_standard_error_of_equal_batches():
   data = jnp.array([1.0, 2.0, 4.0, 7.0])
   measure = sharpness.m_sharpness(
-      lambda w, x: jnp.mean(x) * w, 1, rho=1.0, eta=0.0, method="one_step")
+      lambda w, x: jnp.mean(x) * w, 1, rho=1.0, geometry=Geometry(0.0),
+      method="one_step")
   result = measure(jnp.array(1.0), data)
   np.testing.assert_allclose(result.value, 3.5)
   np.testing.assert_allclose(

@@ -1,31 +1,37 @@
 """Adaptive measures are the same at w and Aw; plain ones are far from it."""
 
+import dataclasses
 import math
 
 import jax
 import numpy as np
 import pytest
 
+from asam_jax import Geometry
 from asam_jax import sharpness
 from tests import problems
 from tests.sharpness import cases
 
-# value(loss, params, **geometry) in float64.
+# value(loss, params, geometry with p = 2) in float64.
 MEASURES = {
-    "one step, p=2": lambda loss, w, **o: sharpness.worst_case(
-        loss, w, 0.1, 0.0, 2, method="one_step", **o).value,
-    "Auto-PGD, p=2": lambda loss, w, **o: sharpness.worst_case(
-        loss, w, 0.5, 0.0, 2, restarts=0, **o).value,
-    "Auto-PGD, p=inf": lambda loss, w, **o: sharpness.worst_case(
-        loss, w, 0.05, 0.0, math.inf, restarts=1, **o).value,
-    "average": lambda loss, w, **o: sharpness.average_case(
-        loss, w, 0.1, 0.0, samples=32, **o).value,
-    "uniform, p=inf": lambda loss, w, **o: sharpness.average_case(
-        loss, w, 0.1, 0.0, math.inf, distribution="uniform", samples=32, **o).value,
-    "largest eigenvalue": lambda loss, w, **o: sharpness.hessian_eigenvalues(
-        loss, w, 1, 0.0, **o).values[0],
-    "trace": lambda loss, w, **o: sharpness.hessian_trace(loss, w, 0.0, **o).value,
+    "one step, p=2": lambda loss, w, g: sharpness.worst_case(
+        loss, w, 0.1, geometry=g, method="one_step").value,
+    "Auto-PGD, p=2": lambda loss, w, g: sharpness.worst_case(
+        loss, w, 0.5, geometry=g, restarts=0).value,
+    "Auto-PGD, p=inf": lambda loss, w, g: sharpness.worst_case(
+        loss, w, 0.05, geometry=boxed(g), restarts=1).value,
+    "average": lambda loss, w, g: sharpness.average_case(
+        loss, w, 0.1, geometry=g, samples=32).value,
+    "uniform, p=inf": lambda loss, w, g: sharpness.average_case(
+        loss, w, 0.1, geometry=boxed(g), distribution="uniform", samples=32).value,
+    "largest eigenvalue": lambda loss, w, g: sharpness.hessian_eigenvalues(
+        loss, w, geometry=g).values[0],
+    "trace": lambda loss, w, g: sharpness.hessian_trace(loss, w, geometry=g).value,
 }
+
+
+def boxed(geometry):
+  return dataclasses.replace(geometry, p=math.inf)
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -39,7 +45,8 @@ def test_rescaling_a_relu_network(name, record_property):
 
     # Both kinds in one program: they share some of their work.
     run = jax.jit(lambda w: {
-        kind: MEASURES[name](loss, w, normalization=kind, normalize=cases.every_leaf)
+        kind: MEASURES[name](loss, w, Geometry(
+            0.0, normalization=kind, normalize=cases.every_leaf))
         for kind in ("elementwise", "none")})
     at_moved, at_params = run(moved), run(params)
     changes = {kind: abs(float(at_moved[kind]) / float(value) - 1)
