@@ -1,6 +1,7 @@
 """The ascent: from a gradient to the perturbation. The only home of the formula."""
 
-from collections.abc import Sequence
+import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,8 +13,6 @@ import optax
 
 from asam_jax import _arguments
 from asam_jax import _geometry as _g
-from asam_jax._leaves import Leaves
-from asam_jax._varying import vary_as
 
 
 class AscentState(NamedTuple):
@@ -23,6 +22,7 @@ class AscentState(NamedTuple):
     count: the number of steps taken, an int32 scalar; schedules are read at it.
     sharpness: the first-order sharpness rho ||T_w g||_q of the last step, in the
       unit of the loss: a float32 scalar (float64 if a parameter is).
+    dual_norm: ||T_w g||_q of the last step, likewise.
   """
 
   count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -106,20 +106,18 @@ def ascent(
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
-  return from_geometry(
-      rho, _g.Geometry(eta, p, normalization, normalize, perturb)
-  )
+  return from_geometry(rho, _g.Geometry(eta, p, normalization, normalize, perturb))
 
 
-def from_geometry(rho, geometry):
+def from_geometry(
+    rho: optax.ScalarOrSchedule, geometry: _g.Geometry
+) -> optax.GradientTransformationExtraArgs:
+  """:func:`ascent` in a geometry that is there already."""
   rho = _arguments.scalar_or_schedule("rho", rho)
 
   def init_fn(params: optax.Params) -> AscentState:
-    return AscentState(
-        count=jnp.zeros((), jnp.int32),
-        sharpness=jnp.zeros((), _g.sum_dtype(geometry.rules(params))),
-        dual_norm=jnp.zeros((), _g.sum_dtype(geometry.rules(params))),
-    )
+    zero = jnp.zeros((), _g.sum_dtype(geometry.rules(params)))
+    return AscentState(jnp.zeros((), jnp.int32), zero, zero)
 
   def update_fn(updates, state, params=None, **extra_args):
     del extra_args
@@ -128,184 +126,242 @@ def from_geometry(rho, geometry):
           "params=None: the perturbation depends on the parameters; call"
           " update(grads, state, params, ...)."
       )
-    epsilon, sharpness = perturbation(
-        updates,
-        params,
-        geometry.at(state.count),
-        rho(state.count) if callable(rho) else rho,
+    now = geometry.at(state.count)
+    rules = now.rules(params)
+    _arguments.tree_like("the gradient", updates, params)
+    dtype = _g.sum_dtype(rules)
+    radius = jnp.asarray(rho(state.count) if callable(rho) else rho, dtype)
+
+    ws, treedef = jtu.tree_flatten(params)
+    gs = jtu.tree_leaves(updates)
+    chosen = [i for i, rule in enumerate(rules) if rule.perturbed and jnp.size(ws[i])]
+    leaves = _Leaves(
+        tuple(rules[i]._replace(leaf=None) for i in chosen),
+        [jnp.asarray(ws[i]) for i in chosen],
+        [jnp.asarray(gs[i]) for i in chosen],
+        jnp.asarray(now.eta, dtype),
     )
-    count = None if state.count is None else jnp.asarray(optax.safe_increment(state.count))
-    return epsilon, AscentState(count, sharpness.astype(state.sharpness.dtype), geometry.at(state.count).dual_norm(updates, params).astype(state.sharpness.dtype))
+    # Without jit around the step, a loop would compile at every call. In a compiled
+    # step this is inlined, and changes nothing. Operators of the user's own stay out:
+    # a compiled one would not see that what it reads has changed.
+    ours = all(_g.built_in(rule.operator) for rule in leaves.rules)
+    closed_form = _compiled_closed_form if ours else _closed_form
+    epsilons, norm = closed_form(leaves, radius, now.p)
+
+    result = [jnp.zeros_like(w) for w in ws]
+    for i, epsilon in zip(chosen, epsilons, strict=True):
+      result[i] = epsilon
+    # A norm beyond the range is inf, and 0 times that would be NaN.
+    sharpness = jnp.where((radius == 0) & jnp.isinf(norm), 0, radius * norm)
+    count = state.count  # None where there are no steps, as in a function door
+    if count is not None:
+      count = jnp.asarray(optax.safe_increment(count))
+    return jtu.tree_unflatten(treedef, result), AscentState(
+        count,
+        sharpness.astype(state.sharpness.dtype),
+        norm.astype(state.dual_norm.dtype),
+    )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def perturbation(
-    grads: optax.Updates,
-    params: optax.Params,
-    geometry: _g.Geometry,
-    rho: Any,
-) -> tuple[optax.Updates, jax.Array]:
-  """The closed form: (epsilon, rho ||T_w g||_q)."""
-  rules = geometry.rules(params)
-  _arguments.tree_like("the gradient", grads, params)
-  treedef = jtu.tree_structure(params)
-  ws, gs = jtu.tree_leaves(params), jtu.tree_leaves(grads)
-  chosen = [i for i, rule in enumerate(rules) if rule.perturbed and jnp.size(ws[i])]
-  dtype = _g.sum_dtype(rules)
-  leaves = Leaves.build([rules[i] for i in chosen], [gs[i] for i in chosen],
-                        geometry.eta, dtype)
-  rho = jnp.asarray(rho, dtype)
+@functools.partial(
+    jtu.register_dataclass,
+    data_fields=["ws", "gs", "eta", "kept"],
+    meta_fields=["rules"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Leaves:
+  """The perturbed leaves in their own dtypes; eta has the dtype of sums.
 
-  if chosen:
-    # Without jit around the step, the loop of p = 2 would compile at every call. In a
-    # compiled step this is inlined, and changes nothing. Operators of the user's own
-    # stay out: a compiled one would not see that what it reads has changed.
-    ours = all(map(_g.built_in, leaves.operators))
-    closed_form = _compiled_closed_form if ours else _closed_form
-    epsilons, sharpness = closed_form(leaves, rho, geometry.p)
+  T and T g are not stored. Memory traffic, not arithmetic, is what this costs, so
+  each pass computes them afresh. Only a T that is smaller than its leaf (a norm per
+  filter) is kept.
+  """
+
+  rules: tuple[_g.LeafRule, ...]
+  ws: list[jax.Array]
+  gs: list[jax.Array]
+  eta: jax.Array
+  kept: tuple[jax.Array | None, ...] = ()
+
+
+def _closed_form(leaves: _Leaves, rho: jax.Array, p: float):
+  """(rho T sign(g) (|T g| / ||T g||_q)^(q - 1) of each leaf, ||T g||_q)."""
+  dtype = leaves.eta.dtype
+  kept = []
+  for rule, w in zip(leaves.rules, leaves.ws, strict=True):
+    t = None
+    if rule.operator not in (_g.elementwise, _g.none):
+      t = rule.factor(w.astype(dtype), leaves.eta)
+    kept.append(t if t is not None and t.size < w.size else None)
+  leaves = dataclasses.replace(leaves, kept=tuple(kept))
+  q = 1 if math.isinf(p) else math.inf if p == 1 else p / (p - 1)
+
+  # With x = h T g h, where h keeps x in range: ||x||_q is size times relative.
+  relative, h, unit = jnp.ones((), dtype), jnp.ones((), dtype), jnp.ones((), dtype)
+  if q == 1:
+    size = sum(jnp.sum(jnp.abs(t * g)) for t, g in _leaf_by_leaf(leaves))
   else:
-    epsilons, sharpness = [], jnp.zeros((), dtype)
+    size, h = _in_range(leaves, q == 2)
+    unit = jnp.where(size == 0, 0, h / jnp.where(size == 0, 1, size))
+    if q not in (2, math.inf):
+      total = sum(
+          jnp.sum(_power(jnp.abs(g * a * t * b), q))
+          for t, g, a, b in _leaf_by_leaf(leaves, h, unit)
+      )
+      relative = jnp.where(total == 0, 1, total) ** (1 / q)
+      unit = unit / relative
 
-  result = [jnp.zeros_like(w) for w in ws]
-  for i, epsilon in zip(chosen, epsilons, strict=True):
-    result[i] = epsilon.astype(result[i].dtype)
-  return jtu.tree_unflatten(treedef, result), sharpness
-
-
-def _closed_form(leaves: Leaves, rho: jax.Array, p: float):
-  if p == 1:
-    return _largest_coordinate(leaves, rho)
-  if p == 2:
-    return _euclidean(leaves, rho)
-  if math.isinf(p):
-    epsilons = leaves.map(lambda w, g, t: rho * t * _sign(g))
-    return epsilons, rho * _total(leaves.map(lambda w, g, t: jnp.abs(t * g)))
-  return _general(leaves, rho, p / (p - 1))
+  epsilons, found = [], False
+  for w, (t, g, r, a, b) in zip(
+      leaves.ws, _leaf_by_leaf(leaves, rho, h, unit, last=True), strict=True
+  ):
+    share = g * a * t * b  # T g / ||T g||_q, but for q = 1
+    if q != 2:
+      # An infinite gradient has no direction.
+      sign = jnp.where(jnp.isinf(g), jnp.nan, jnp.sign(g))
+      if q == 1:
+        share = sign
+      elif q == math.inf:
+        ties = jnp.abs(share) >= 1 - 4 * jnp.finfo(dtype).eps
+        first = _first(ties & ~jnp.asarray(found))
+        found = found | jnp.any(ties)
+        share = jnp.where(first, sign, 0 * share)  # 0 * NaN stays visible
+      else:
+        share = sign * _power(jnp.abs(share), q - 1)
+    epsilons.append((r * t * share).astype(w.dtype))
+  return epsilons, size * relative / h / h
 
 
 _compiled_closed_form = jax.jit(_closed_form, static_argnames="p", inline=True)
+# As it is, JAX 0.12 can't transpose a barrier of which some tangents are constants.
+_barrier = jax.custom_jvp(lax.optimization_barrier)
 
 
-def _euclidean(leaves: Leaves, rho: jax.Array):
-  """For p = 2: rho T^2 g / ||T g||_2."""
-  sharpness, ratio, scale = _sharpness_and_ratio(leaves, rho)
-  # Two factors, for their product may leave the range where neither does.
-  epsilons = leaves.map(
-      lambda w, g, t, s, r: g * s * r * t * t, scale, ratio, after_loop=True
-  )
-  return epsilons, sharpness
+@_barrier.defjvp
+def _barrier_jvp(primals, tangents):
+  return _barrier(*primals), tangents[0]
 
 
-@jax.custom_jvp
-def _sharpness_and_ratio(
-    leaves: Leaves, rho: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(rho ||T g||_2, rho / ||scale T g||_2, scale), with squares kept in range.
+def _leaf_by_leaf(leaves: _Leaves, *scalars: jax.Array, last: bool = False):
+  """One pass over the leaves: (T, g, *scalars) of each, in the dtype of sums.
 
-  The scale, a power of two, is 1 unless the sum of squares leaves the range of its
-  dtype; then the loop takes a second turn with another scale. In the ordinary case
-  it runs once, and the scale costs no pass: T bears it (see ``Leaves.map``). One
-  that T cannot bear, for huge weights beside vanishing gradients, is taken back.
-
-  Both are finished inside the loop. XLA would move what follows the loop into the
-  passes that need it, and compute it again for each weight.
+  The barriers keep XLA from merging the passes, for it would write T g to memory in
+  between. Each leaf has one of its own, with its own eta and scalars: one for all of
+  them would let XLA:CPU share the broadcast of a scalar among leaves, and so write it
+  to memory at a leaf's size. Nothing wider than the leaves crosses a pass.
   """
   dtype = leaves.eta.dtype
-  exponent = 5 * jnp.finfo(dtype).maxexp // 8
-  big, small = 2.0**exponent, 2.0**-exponent
-  # Below this sum, squares that matter may have been flushed to zero.
-  lowest = 2.0 ** (-7 * exponent // 8)
-
-  def try_scale(carry):
-    scale = carry[0][2]
-    total = _sum_of_squares(leaves, scale)
-    better = jnp.where(total < lowest, big, jnp.where(jnp.isinf(total), small, 1))
-    too_big = (scale == big) & ~jnp.isfinite(total)
-    again = jnp.where(scale == 1, better != 1, too_big)
-    other = jnp.where(scale == 1, better, 0.5).astype(dtype)
-    next_scale = jnp.where(again, other, scale)
-    # In one array: one small kernel in place of three.
-    return jnp.stack([*_finished(rho, total, scale), next_scale]), again
-
-  start = (jnp.array([0, 0, 1], dtype), jnp.array(True))
-  (sharpness, ratio, scale), _ = lax.while_loop(
-      lambda carry: carry[1], try_scale, vary_as(start, (leaves, rho))
-  )
-  return sharpness, ratio, scale
+  for rule, w, g, kept in zip(
+      leaves.rules, leaves.ws, leaves.gs, leaves.kept, strict=True
+  ):
+    if last:
+      eta, *own = _barrier((leaves.eta, *scalars))
+    else:
+      w, g, eta, *own = _barrier((w, g, leaves.eta, *scalars))
+    t = rule.factor(w.astype(dtype), eta) if kept is None else kept
+    yield t, g.astype(dtype), *own
 
 
-@_sharpness_and_ratio.defjvp
-def _sharpness_and_ratio_jvp(primals, tangents):
-  # A while loop has no reverse mode; at a known scale none is needed.
-  results = _sharpness_and_ratio(*primals)
-  scale = results[2]
+def _sizes(leaves: _Leaves, squares: bool, *scales: Any) -> list[jax.Array]:
+  """For each scale h, of x = h T g h over all leaves: ||x||_2, or the largest |x|.
 
-  def at_scale(leaves, rho):
-    return _finished(rho, _sum_of_squares(leaves, scale), scale)
-
-  _, slopes = jax.jvp(at_scale, primals, tangents)
-  return results, (*slopes, jnp.zeros_like(scale))
-
-
-def _finished(rho: jax.Array, total: jax.Array, scale: jax.Array):
-  """From the sum of squares of scale T g: (rho ||T g||, rho / ||scale T g||)."""
-  # Zero: no direction, no perturbation. Not finite: NaN everywhere, for x / inf
-  # would silently spare the finite leaves.
-  root = _root(total)
-  ratio = jnp.where(total == 0, 0, rho / jnp.where(total == 0, 1, root))
-  return rho * root / scale, jnp.where(jnp.isfinite(total), ratio, jnp.nan)
-
-
-def _root(total: jax.Array) -> jax.Array:
-  """sqrt(total), without the infinite slope at zero."""
-  return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
-
-
-def _sum_of_squares(leaves: Leaves, scale: jax.Array) -> jax.Array:
-  return _total(leaves.map(lambda w, g, t: jnp.square(g * t), scale=scale))
-
-
-def _general(leaves: Leaves, rho: jax.Array, q: float):
-  """For 1 < p < inf: powers of |T g|, taken relative to the largest one."""
-  peak = jnp.max(_peaks(leaves))
-  unit = jnp.where(peak == 0, 1, peak)
-  total = _total(leaves.map(lambda w, g, t, u: jnp.abs(t * g / u) ** q, unit))
-  norm = jnp.where(total == 0, 1, total) ** (1 / q)
-
-  def epsilon(w, g, t, unit, norm):
-    share = jnp.abs(t * g / unit) / norm
-    return rho * t * _sign(g) * share ** (q - 1)
-
-  return leaves.map(epsilon, unit, norm), rho * peak * norm
-
-
-def _largest_coordinate(leaves: Leaves, rho: jax.Array):
-  """For p = 1: all of rho on the first weight with the largest |T g|."""
-  peaks = _peaks(leaves)
-  first_leaf = jnp.argmax(peaks)
-  epsilons = leaves.map(
-      lambda w, g, t: jnp.where(
-          jnp.arange(w.size).reshape(w.shape) == jnp.argmax(jnp.abs(t * g)),
-          rho * t * _sign(g),
-          0,
-      )
-  )
-  epsilons = [
-      jnp.where(first_leaf == i, epsilon, 0) for i, epsilon in enumerate(epsilons)
+  The scale is applied in two parts, to g and to T g, because no part of it may leave
+  the range where a huge weight has a vanishing gradient (a mask's -1e30 has none).
+  """
+  sizes = [jnp.zeros((), leaves.eta.dtype) for _ in scales]
+  for t, g, *own in _leaf_by_leaf(leaves, *scales):
+    for i, h in enumerate(own):
+      x = g * h * t * h
+      if squares:
+        sizes[i] = sizes[i] + jnp.sum(jnp.square(x))
+      else:
+        sizes[i] = jnp.maximum(sizes[i], jnp.max(jnp.abs(x)))
+  if not squares:
+    return sizes
+  # Without the infinite slope at zero.
+  return [
+      jnp.where(size == 0, 0, jnp.sqrt(jnp.where(size == 0, 1, size)))
+      for size in sizes
   ]
-  return epsilons, rho * jnp.max(peaks)
 
 
-def _peaks(leaves: Leaves) -> jax.Array:
-  return jnp.stack(leaves.map(lambda w, g, t: jnp.max(jnp.abs(t * g))))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _in_range(leaves: _Leaves, squares: bool) -> tuple[jax.Array, jax.Array]:
+  """(size, h): :func:`_sizes` at a power of two h that keeps it in range.
+
+  It is 1 unless the size, or its square, would leave the range of its dtype. On CPU
+  a loop tries another scale only then. Elsewhere a loop would cost more than it
+  saves: all scales are tried in the one pass over memory. Which is compiled is
+  settled when the platform is known, so that neither holds the other, nor a branch.
+  """
+  dtype = leaves.eta.dtype
+  exponent = jnp.finfo(dtype).maxexp // 32
+  big, small = 2.0 ** (12 * exponent), 2.0 ** (-13 * exponent)
+  # Below the lowest, squares that matter may have been flushed to zero; above the
+  # highest they overflow. Below the last of all nothing of them is left.
+  lowest, highest = 2.0 ** (-9 * exponent), 2.0 ** (16 * exponent)
+  vanishing = 2.0 ** (-16 * exponent)
+
+  def turn(carry):
+    *_, h = carry
+    (size,) = _sizes(leaves, squares, h)
+    too_small, too_large = size < lowest, ~(size <= highest)
+    other = jnp.where(too_small, big, jnp.where(too_large, small, 0))
+    # Only a weight that T holds fixed under a huge gradient can't bear the big one.
+    back = jnp.where((h > 1) & too_large, 0.5, 0)
+    return size, h, jnp.where(h == 1, other, back).astype(dtype)
+
+  def in_one_pass(_):
+    one, up, down = _sizes(leaves, squares, *jnp.array([1, big, small], dtype))
+    is_up, is_down = (one < lowest) & (up <= highest), ~(one <= highest)
+    size = jnp.where(is_up, up, jnp.where(is_down, down, one))
+    h = jnp.where(is_up, big, jnp.where(is_down, small, 1)).astype(dtype)
+    return size, h, jnp.zeros_like(h)
+
+  # A loop under shard_map wants its start to vary over the mesh as its results do.
+  zero = jnp.zeros((), dtype)
+  for x in (*leaves.ws, *leaves.gs):
+    zero = zero + lax.full_like(x, 0, dtype, ())
+  size, h, _ = lax.platform_dependent(
+      (zero, zero, zero + 1),
+      cpu=functools.partial(lax.while_loop, lambda carry: carry[2] > 0, turn),
+      default=in_one_pass,
+  )
+  # Not finite: NaN everywhere, for x / inf would silently spare the finite leaves.
+  size = jnp.where(size <= highest, size, jnp.nan)
+  return jnp.where(size < vanishing, 0, size), h
 
 
-def _total(leaves: Sequence[jax.Array]) -> jax.Array:
-  first, *others = [jnp.sum(leaf) for leaf in leaves]
-  return sum(others, start=first)
+@_in_range.defjvp
+def _in_range_jvp(squares, primals, tangents):
+  # A loop has no reverse mode; at a known scale none is needed.
+  size, h = _in_range(*primals, squares)
+  _, slope = jax.jvp(lambda leaves: _sizes(leaves, squares, h)[0], primals, tangents)
+  return (size, h), (slope, jnp.zeros_like(h))
 
 
-def _sign(g: jax.Array) -> jax.Array:
-  """sign(g), but NaN for an infinite gradient, which has no direction."""
-  return jnp.where(jnp.isinf(g), jnp.nan, jnp.sign(g))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _power(x: jax.Array, exponent: float) -> jax.Array:
+  """x ** exponent for x >= 0; its derivatives at 0 are 0, where they may be inf."""
+  if exponent > 0:
+    return x**exponent
+  return jnp.where(x == 0, 0, jnp.where(x == 0, 1, x) ** exponent)
+
+
+@_power.defjvp
+def _power_jvp(exponent, primals, tangents):
+  (x,), (dx,) = primals, tangents
+  return _power(x, exponent), exponent * _power(x, exponent - 1) * dx
+
+
+def _first(hits: jax.Array) -> jax.Array:
+  """Keeps the first True alone, in the order of the flattened array.
+
+  Axis by axis: only scalars cross devices, and no index exceeds an axis.
+  """
+  for axis in range(hits.ndim):
+    index = lax.broadcasted_iota(jnp.int32, hits.shape, axis)
+    hits = hits & (index == jnp.min(jnp.where(hits, index, hits.shape[axis])))
+  return hits
