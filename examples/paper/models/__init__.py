@@ -1,0 +1,72 @@
+"""The networks of the paper's experiments, by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen as nn
+import jax.numpy as jnp
+
+from examples.paper.models import layers
+from examples.paper.models import resnet
+from examples.paper.models import wide
+
+__all__ = ["NAMES", "build"]
+
+
+def _resnet(depth):
+  return lambda classes, make: resnet.ResNet(classes, depth, make)
+
+
+def _wide(depth, widen):
+  return lambda classes, make, dropout=0.0: wide.WideResNet(
+      classes, depth, widen, dropout, make
+  )
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": _resnet(8),
+    "resnet20": _resnet(20),
+    "resnet32": _resnet(32),
+    "resnet56": _resnet(56),
+    "resnext29_32x4d": lambda classes, make: resnet.ResNeXt(classes, 29, 32, 4, make),
+    "wrn16_8": _wide(16, 8),
+    "wrn28_2": _wide(28, 2),
+    "wrn28_10": _wide(28, 10),
+    "resnet50": lambda classes, make: resnet.ImageNetResNet(
+        classes, (3, 4, 6, 3), make
+    ),
+}
+NAMES = tuple(_BUILDERS)
+
+
+def build(
+    name: str, classes: int, *, dtype: Any = jnp.float32, **options: Any
+) -> nn.Module:
+  """The network of this name, as a Flax module ``(x, train) -> logits``.
+
+  Args:
+    name: one of ``NAMES``.
+    classes: the number of logits.
+    dtype: of the computation, ``jnp.bfloat16`` for instance; parameters, batch
+      statistics and logits are float32.
+    **options: what the network has of its own: ``dropout`` for the Wide ResNets.
+
+  Returns:
+    A module whose collections are ``params`` and, with batch norm, ``batch_stats``,
+    and whose random streams are ``params`` and, with dropout, ``dropout``.
+
+  Raises:
+    ValueError: for an unknown name or option, or a number of classes below 2.
+
+  Example:
+    >>> build("resnet20", classes=10).depth
+    20
+  """
+  if name not in _BUILDERS:
+    raise ValueError(f"name={name!r}: no such network; there are {', '.join(NAMES)}.")
+  if classes < 2:
+    raise ValueError(f"classes={classes}: must be at least 2.")
+  try:
+    return _BUILDERS[name](classes, layers.Layers(dtype), **options)
+  except TypeError as error:
+    raise ValueError(f"options {options} of {name}: {error}") from error
