@@ -19,12 +19,12 @@ import time
 
 import jax
 import numpy as np
-import sharpness_networks as networks
-import sharpness_report
 import tqdm
 
 import asam_jax
 from asam_jax import sharpness
+from examples import sharpness_networks as networks
+from examples import sharpness_report
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,6 @@ import pathlib
 import platform
 import time
 
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +24,7 @@ import tqdm
 import asam_jax
 from asam_jax import landscape
 from asam_jax import sharpness
+from examples import digits
 
 NOISE, BATCH, RATE = 0.4, 64, 0.1
 RHO = {"SAM": 0.05, "ASAM": 0.5}  # of the optimizers
