@@ -63,11 +63,11 @@ def plot_curves(rows: Sequence[records.Row], path: pathlib.Path) -> None:
       if field != "test_accuracy":
         axis.set_yscale("log")
       axis.legend()
-    style.explain(figure, f"One run of each (seed {config['seed']}), so no error bars"
-                  " and no telling what is chance. Worst cases, by Auto-PGD, and training"
-                  " loss: on 256 training images.\nFirst order: of the training"
-                  " batches, mean over an epoch; it comes with the step and costs"
-                  " nothing.")
+    style.explain(figure, (
+        f"One run of each (seed {config['seed']}), so no error bars and no telling what"
+        " is chance. Worst cases, by Auto-PGD, and training loss: on 256 training"
+        " images.\nFirst order: of the training batches, mean over an epoch; it comes"
+        " with the step and costs nothing."))
 
 
 def plot_slices(drawn: dict[str, Any], path: pathlib.Path) -> None:

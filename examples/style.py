@@ -50,7 +50,7 @@ METHODS: dict[str, Style] = {
     "part": Style("ascent on 1/4 batch", "#999933", "P"),
     "vasso": Style("VaSSO", "#882255", "D"),
     "friendly": Style("Friendly SAM", "#44AA99", "D"),
-    "gsam": Style("GSAM", "#CC79A7", "D"),
+    "gsam": Style("GSAM", "#CC79A7", "p"),
     "weighted": Style("weighted mean", "#A08A00", "X"),
     "iterated": Style("2 ascent steps", "#6A3D9A", "X"),
 }
