@@ -135,10 +135,11 @@ def _passes(line: np.ndarray, box: transforms.Bbox) -> bool:
 def _crosses(one: np.ndarray, other: np.ndarray) -> bool:
   """Whether two segments cross."""
 
-  def side(a, b, c):
-    return np.sign((b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]))
+  def side(line, point):
+    (ax, ay), (bx, by), (x, y) = line[0], line[1], point
+    return np.sign((bx - ax) * (y - ay) - (by - ay) * (x - ax))
 
   return bool(
-      side(*one, other[0]) != side(*one, other[1])
-      and side(*other, one[0]) != side(*other, one[1])
+      side(one, other[0]) != side(one, other[1])
+      and side(other, one[0]) != side(other, one[1])
   )

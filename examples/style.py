@@ -64,7 +64,7 @@ ALIASES = {
     "late": "last_half",
 }
 
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with Matplotlib, so it is everywhere
     "font.size": 10,
     "axes.titlesize": 10,
