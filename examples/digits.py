@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import label_noise
 import numpy as np
 import optax
 from sklearn import datasets
 from sklearn import model_selection
+
+from examples import label_noise
 
 CLASSES = 10
 
