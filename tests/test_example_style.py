@@ -1,6 +1,8 @@
 """Pictures: one colour for each method, told apart by everyone, and named points."""
 
 import ast
+import contextlib
+import importlib
 import itertools
 import math
 import pathlib
@@ -14,6 +16,7 @@ pytest.importorskip("matplotlib", reason="the examples need the extra 'examples'
 from matplotlib import colors
 
 from examples import labels
+from examples import records
 from examples import style
 from examples import summary
 
@@ -89,7 +92,85 @@ def test_no_picture_has_colours_of_its_own():
         assert not re.fullmatch(r"#[0-9A-Fa-f]{6}|C\d", node.value), path
 
 
-def test_every_axis_has_a_label_and_bars_are_explained(tmp_path):
+def quickstart():
+  report = importlib.import_module("examples.quickstart_report")
+  return report.draw, records.read(ROOT / "results/quickstart/results.jsonl")
+
+
+def frontier():
+  report = importlib.import_module("examples.frontier_report")
+  rows = records.read(ROOT / "results/frontier/frontier.jsonl")
+  kinds = [[row for row in rows if row["config"]["kind"] == kind]
+           for kind in ("accuracy", "cost")]
+  tasks = {("mlp", noise): report.rows_of(*kinds, "mlp", noise) for noise in (0.4, 0.0)}
+  return lambda tasks, path: report.plot(tasks, "flops", path), tasks
+
+
+def curves():
+  report = importlib.import_module("examples.sharpness_training_report")
+  rows = records.read(ROOT / "results/sharpness_training/log.jsonl")
+  return report.plot_curves, rows
+
+
+def slices():
+  report = importlib.import_module("examples.sharpness_training_report")
+  rows = records.read(ROOT / "results/sharpness_training/slices.json")
+  return report.plot_slices, rows[0]
+
+
+def scatter():
+  report = importlib.import_module("examples.sharpness_report")
+  _, kept, measures = report.read(ROOT / "results/sharpness_study")
+  radii = {name: next(iter(by_rho)) for name, by_rho in measures.items()}
+  return lambda _, path: report.scatter(kept, measures, radii, path), None
+
+
+@pytest.mark.parametrize(
+    "made", [quickstart, frontier, curves, slices, scatter], ids=lambda f: f.__name__
+)
+def test_pictures_have_labels_and_the_colours_of_the_methods(
+    made, tmp_path, monkeypatch
+):
+  pytest.importorskip("sklearn", reason="the examples need the extra 'examples'")
+  kept, picture = [], style.picture
+
+  @contextlib.contextmanager
+  def keep(*args, **options):
+    with picture(*args, **options) as (figure, axes):
+      kept.append(figure)
+      yield figure, axes
+
+  monkeypatch.setattr(style, "picture", keep)
+  draw, data = made()
+  draw(data, tmp_path / "x.png")
+  (figure,) = kept
+  assert (tmp_path / "x.png").stat().st_size > 10_000
+  assert figure.get_supxlabel()  # what bars and points are
+  panels = [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
+  for axis in panels:
+    assert axis.get_xlabel()
+    shared = not axis.yaxis.get_tick_params()["labelleft"]
+    assert axis.get_ylabel() or shared
+  # A unit, or the ratio that has none.
+  texts = [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()]
+  assert all(re.search(r"\(%\)|nats|points|/ ρ|‖Δw‖|scale", text) for text in texts)
+  looks = {look.label: look.color for look in style.METHODS.values()}
+  lines = [line for axis in panels for line in axis.get_lines()]
+  named = [line for line in lines if line.get_label() in looks]
+  for line in named:
+    assert line.get_color() == looks[line.get_label()]
+  if made is frontier:
+    names = [{text.get_text() for text in axis.texts} for axis in panels]
+    assert names == [set(looks)] * 2  # in place, SGD too
+    assert figure.legends == []
+  elif made is not scatter:
+    assert {"SGD", "SAM", "ASAM"} <= {line.get_label() for line in named}
+  if made is curves:
+    first_order = [a for a in panels if a.get_title().startswith("first order")]
+    assert [len(axis.get_lines()) for axis in first_order] == [1, 1]  # a radius each
+
+
+def test_bars_are_explained(tmp_path):
   figures = []
   with style.picture(tmp_path / "a" / "x.png", 1, 1, size=(4, 3)) as (figure, axes):
     style.error_bars(axes[0, 0], 1.0, 2.0, 0.5, "asam")
