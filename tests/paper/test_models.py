@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from examples.paper import models
+from examples.paper.models import convolution
 
 # Parameters with 10 classes (1000 for ImageNet's), as published: ResNets, ResNeXt,
 # WRN-28-10 and ResNet-50 in the tables of pytorchcv and torchvision, WRN-28-2 in
@@ -75,6 +76,8 @@ def test_an_unknown_name_or_option_is_an_error():
     models.build("resnet20", 10, dropout=0.1)
   with pytest.raises(ValueError, match="classes=1"):
     models.build("resnet20", 1)
+  with pytest.raises(ValueError, match="conv='patches': must be one of lax, shifts"):
+    models.build("resnet20", 10, conv="patches")
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +127,37 @@ def test_running_means_keep_nine_tenths(resnet8):
   np.testing.assert_allclose(
       stats["var"], 0.9 + 0.1 * convolved.var((0, 1, 2)), rtol=1e-4
   )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("count", [3, 8])
+@pytest.mark.parametrize(
+    ("size", "stride", "groups"), [(3, 1, 1), (3, 2, 1), (1, 2, 1), (3, 1, 2)]
+)
+def test_convolutions_by_shifts_are_xlas(size, stride, groups, count, dtype):
+  keys = jax.random.split(jax.random.key(0), 3)
+  images = jax.random.normal(keys[0], (count, 6, 8, 4), dtype)
+  kernel = jax.random.normal(keys[1], (size, size, 4 // groups, 6), dtype)
+  strides, padding = (stride, stride), [(size // 2, size // 2)] * 2
+  options = {
+      "feature_group_count": groups,
+      "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
+  }
+
+  def value_and_pullback(convolve):
+    out, pullback = jax.vjp(
+        lambda *arrays: convolve(*arrays, strides, padding, **options), images, kernel
+    )
+    return out, pullback(jax.random.normal(keys[2], out.shape, dtype))
+
+  expected = value_and_pullback(jax.lax.conv_general_dilated)
+  results = value_and_pullback(convolution.convolve)
+  tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+  for result, reference in zip(
+      jax.tree.leaves(results), jax.tree.leaves(expected), strict=True
+  ):
+    assert result.dtype == reference.dtype
+    scale = float(jnp.max(jnp.abs(reference)))
+    np.testing.assert_allclose(
+        np.float32(result), np.float32(reference), atol=tolerance * scale
+    )

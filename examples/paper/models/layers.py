@@ -34,9 +34,11 @@ class Layers:
 
   Attributes:
     dtype: of the computation; parameters and batch statistics stay float32.
+    convolve: what computes the convolutions; None is XLA's own.
   """
 
   dtype: Any = jnp.float32
+  convolve: Callable[..., jax.Array] | None = None
 
   def conv(
       self, features: int, size: int, stride: int = 1, groups: int = 1, bias=False
@@ -51,6 +53,7 @@ class Layers:
         use_bias=bias,
         dtype=self.dtype,
         kernel_init=he_normal,
+        conv_general_dilated=self.convolve,
     )
 
   def norm(self, train: bool) -> nn.BatchNorm:
