@@ -29,10 +29,12 @@ from examples import records
 
 RECORDS = "frontier.jsonl"  # in the folder --results
 
-# Milliseconds of a gradient at batch size 64, on 2 cores of an AMD EPYC, and seconds
-# to compile a method's training: for the forecast of how long a run takes.
-GRADIENT_MS = {"mlp": 0.5, "cnn": 1.0}
-COMPILE_SECONDS = 5.0
+# For the forecast of how long a run takes on two idle cores of a server: milliseconds
+# of a gradient in training at batch size 64, and of one of the steps that are timed,
+# where nothing is fused; seconds to compile a method's training, or a step.
+TRAINING_MS = {"mlp": 0.5, "cnn": 1.0}
+STEP_MS = {"mlp": 1.2, "cnn": 1.4, "mlp_2m": 13, "mlp_2m_256": 22, "resnet20": 1900}
+COMPILE_SECONDS = 8.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -161,14 +163,28 @@ def gradients(config: dict[str, Any]) -> int:
   return steps * config["epochs"] * methods.METHODS[config["method"]].gradients
 
 
-def forecast(todo: Sequence[dict[str, Any]]) -> float:
-  """About how many seconds the trainings take on two cores of an AMD EPYC."""
-  per_example = {name: ms / 64e3 for name, ms in GRADIENT_MS.items()}
-  return sum(
-      COMPILE_SECONDS
-      + gradients(config) * config["batch_size"] * per_example[config["network"]]
-      for config in todo
-  )
+def forecast(
+    outcomes: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]]
+) -> float:
+  """About how many seconds these trainings and costs take on two idle cores."""
+  seconds = 0.0
+  for config in outcomes:
+    ms = TRAINING_MS[config["network"]] * config["batch_size"] / 64
+    seconds += COMPILE_SECONDS + 1e-3 * ms * gradients(config)
+  for config in steps:
+    names = ["sgd", *config["methods"]]
+    taken = sum(methods.METHODS[name].gradients for name in names)
+    # Each is run twice a round, the first time to fill the caches.
+    ms = STEP_MS[config["network"]] * taken * 2 * config["rounds"]
+    seconds += COMPILE_SECONDS * len(names) + 1e-3 * ms
+  return seconds
+
+
+def missing(
+    wanted: Sequence[dict[str, Any]], rows: Sequence[records.Row]
+) -> list[dict[str, Any]]:
+  """The configurations that no row has."""
+  return [config for config in wanted if records.find(rows, config) is None]
 
 
 def train_all(args: argparse.Namespace) -> None:
@@ -176,12 +192,12 @@ def train_all(args: argparse.Namespace) -> None:
   path = args.results / RECORDS
   rows = records.read(path)
   wanted = configs(args)
-  todo = [config for config in wanted if records.find(rows, config) is None]
+  todo, steps = missing(wanted, rows), missing(cost_configs(args), rows)
   found = len(wanted) - len(todo)
   print(
-      f"{len(todo)} outcomes to train, about {forecast(todo) / 60:.0f} min on 2 cores"
-      " of an AMD EPYC; then the costs, a few minutes more. The bar says how long it"
-      " takes here."
+      f"{len(todo)} outcomes to train and the steps of {len(steps)} networks to time:"
+      f" about {math.ceil(forecast(todo, steps) / 60)} min on 2 idle cores. The bars"
+      " say how long it takes here."
       + (f" {found} outcomes of the same configuration are in {path}; remove it to"
          " have them trained again." if found else ""),
       flush=True,
@@ -192,10 +208,9 @@ def train_all(args: argparse.Namespace) -> None:
       bar.set_description(f"{config['network']} {config['method']}")
       records.append(path, tune_and_test(config))
       bar.update(gradients(config))
-  for config in cost_configs(args):
-    if records.find(rows, config) is None:
-      where = records.environment(("jax", "optax", "flax"))
-      records.append(path, *({**row, **where} for row in costs.measure(config)))
+  where = records.environment(("jax", "optax", "flax"))
+  for config in steps:
+    records.append(path, *({**row, **where} for row in costs.measure(config)))
 
 
 def main(argv: Sequence[str] | None = None) -> str:

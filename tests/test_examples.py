@@ -116,14 +116,17 @@ def test_runs_side_by_side_are_those_alone(halves):
   assert len(set(together.tolist())) == 3  # radius and seed both matter
 
 
-def test_quickstart_writes_what_it_prints(tmp_path, capsys):
-  folder = tmp_path / "new"
+def test_quickstart_writes_what_it_prints(tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  folder = tmp_path / "runs" / "quickstart"  # the default
   results, figure = folder / "results.jsonl", folder / "quickstart.png"
   quickstart.main([
       "--networks", "mlp", "--methods", "sgd", "asam", "--epochs", "2",
       "--seeds", "2", "--sweep-seeds", "1", "--rhos-asam", "0.5", "300",
-      "--seed", "7", "--results", str(folder),
+      "--seed", "7",
   ])
+  assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+  assert {path.name for path in folder.iterdir()} == {results.name, figure.name}
   printed = capsys.readouterr().out
   records = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
 

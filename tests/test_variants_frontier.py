@@ -38,7 +38,7 @@ def test_a_tiny_run(frontier, tmp_path, monkeypatch, capsys):
   assert {path.name for path in folder.iterdir()} == {
       "frontier.jsonl", "frontier.md", "frontier.png", "frontier_time.png"}
   printed = capsys.readouterr().out
-  assert "2 outcomes to train, about" in printed
+  assert "2 outcomes to train and the steps of 1 networks to time: about" in printed
   assert "2 of 2 outcomes" in printed
   rows = read(frontier, folder)
   kinds = {"accuracy": {}, "cost": {}}
@@ -68,7 +68,9 @@ def test_a_tiny_run(frontier, tmp_path, monkeypatch, capsys):
   # The very same command has nothing to do, and says so.
   frontier.main(command)
   assert read(frontier, folder) == rows
-  assert "0 outcomes to train" in (printed := capsys.readouterr().out)
+  printed = capsys.readouterr().out
+  assert "0 outcomes to train and the steps of 0 networks to time: about 0 min" in (
+      printed)
   assert "2 outcomes of the same configuration are in runs/frontier" in printed
   frontier.main([*command, "--report"])
   # Without outcomes of these options there is no table of others.
@@ -149,7 +151,9 @@ def test_default_trains_everything_on_a_clone(frontier, monkeypatch, tmp_path, c
   assert len(asked) == 1
   printed = capsys.readouterr().out
   count = len(frontier.methods.METHODS) * 4
-  assert re.match(rf"{count} outcomes to train, about \d+ min on 2 cores", printed)
+  assert re.match(rf"{count} outcomes to train and the steps of 5 networks", printed)
+  minutes = int(re.search(r"about (\d+) min", printed)[1])
+  assert 15 <= minutes <= 90
   assert "same configuration" not in printed
 
 
@@ -168,8 +172,11 @@ def test_forecast(frontier):
   assert by_method["asam"] == 2 * 40 * (7 * 2 * tuning + 10 * final)
   assert by_method["momentum"] == by_method["asam"] / 2
   assert by_method["iterated"] == by_method["asam"] * 1.5
-  one, both = frontier.forecast(configs[:1]), frontier.forecast(configs[:2])
+  one, both = frontier.forecast(configs[:1], []), frontier.forecast(configs[:2], [])
   assert 0 < one < both
+  few = frontier.cost_configs(frontier.parse(["--cost-rounds", "1"]))
+  many = frontier.cost_configs(frontier.parse(["--cost-rounds", "60"]))
+  assert 0 < frontier.forecast([], few) < frontier.forecast([], many)
 
 
 @pytest.mark.parametrize("name", ["asam", "momentum", "momentum_plain", "stale"])
