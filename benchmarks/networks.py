@@ -1,9 +1,6 @@
 """The networks whose steps are measured: the quickstart's, and a small ResNet."""
 
 from collections.abc import Callable
-import importlib
-import pathlib
-import sys
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# The examples are scripts, not a package.
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
-digits = importlib.import_module("digits")
+from examples import digits
 
 
 class Block(nn.Module):

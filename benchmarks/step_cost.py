@@ -16,6 +16,7 @@ with compiled FLOPs and temporary memory, and writes a JSON line for each row.
 import argparse
 from collections.abc import Sequence
 import json
+import math
 import pathlib
 import sys
 from typing import Any
@@ -23,32 +24,48 @@ from typing import Any
 from benchmarks import perturbation
 from benchmarks import steps
 from benchmarks import timing
+from examples import options
+from examples import records
 
 PARTS = ("perturbation", "mlp", "cnn", "resnet")
-OUTPUT = pathlib.Path("results/benchmarks/step_cost.jsonl")
+OUTPUT = pathlib.Path("runs/benchmarks/step_cost.jsonl")
+
+
+def parser() -> argparse.ArgumentParser:
+  """The options."""
+  parser = options.parser(__doc__)
+  add = parser.add_argument
+  count = options.number(int, 1)
+  add("--parts", nargs="+", choices=PARTS, default=["perturbation", "mlp", "resnet"],
+      help="what to measure: the perturbation alone, or the steps of networks")
+  add("--parameters", type=count, default=100_000_000,
+      help="number of weights of the perturbation")
+  add("--leaves", type=count, nargs="+", default=[5, 500],
+      help="numbers of arrays that the weights are in, each measured by itself")
+  add("--batch-size", type=count, default=64, help="number of examples in a step")
+  add("--width", type=count, default=16,
+      help="number of channels of the ResNet's first stage")
+  add("--repeats", type=int, default=31,
+      help="number of rounds, in each of which every method is measured")
+  add("--sample-seconds", default=0.03,
+      type=options.number(float, 0, math.inf, above=True, below=True),
+      help="duration of one sample of a step, in seconds")
+  known = list(steps.steps(lambda params, batch: 0.0))
+  add("--methods", nargs="+", choices=known, default=[],
+      help="steps to measure; none named: all")
+  add("--against", choices=known, help="a step to compare the others with as well")
+  add("--output", type=pathlib.Path, default=OUTPUT, metavar="FILE",
+      help="file for the JSON lines, replaced if it exists")
+  return parser
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-  """The options."""
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  add = parser.add_argument
-  add("--parts", nargs="+", choices=PARTS, default=["perturbation", "mlp", "resnet"])
-  add("--parameters", type=int, default=100_000_000, help="of the perturbation")
-  add("--leaves", type=int, nargs="+", default=[5, 500], help="of the perturbation")
-  add("--batch-size", type=int, default=64, help="of the steps")
-  add("--width", type=int, default=16, help="of the ResNet's first stage")
-  add("--repeats", type=int, default=31, help="rounds, each measures every method")
-  add("--sample-seconds", type=float, default=0.03, help="of one sample of a step")
-  known = list(steps.steps(lambda params, batch: 0.0))
-  add("--methods", nargs="+", choices=known, default=[], help="default: all steps")
-  add("--against", choices=known, help="a step to compare the others with as well")
-  add("--output", type=pathlib.Path, default=OUTPUT, help="JSON lines, overwritten")
-  options = parser.parse_args(arguments)
-  if options.repeats < 1:
-    parser.error(f"--repeats {options.repeats}: at least one round is needed")
-  return options
+  """The options' values, checked together."""
+  reader = parser()
+  values = reader.parse_args(arguments)
+  if values.repeats < 1:
+    reader.error(f"--repeats {values.repeats}: at least one round is needed")
+  return values
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -115,34 +132,32 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   """Measures, prints and writes; returns the rows."""
-  options = parse(arguments)
+  values = parse(arguments)
   command = list(sys.argv[1:] if arguments is None else arguments)
   header = {"command": ["benchmarks.step_cost", *command]} | timing.environment()
   print(json.dumps(header))
   results = []
-  for part in options.parts:
+  for part in values.parts:
     if part == "perturbation":
-      for leaves in options.leaves:
-        rows = perturbation.measure(options.parameters, leaves, options.repeats)
+      for leaves in values.leaves:
+        rows = perturbation.measure(values.parameters, leaves, values.repeats)
         print(f"\n{perturbation_table(rows)}", flush=True)
         results += rows
     else:
-      extra = {"width": options.width} if part == "resnet" else {}
+      extra = {"width": values.width} if part == "resnet" else {}
       rows = steps.measure(
           part,
-          options.batch_size,
-          options.repeats,
-          options.sample_seconds,
-          options.methods,
-          options.against,
+          values.batch_size,
+          values.repeats,
+          values.sample_seconds,
+          values.methods,
+          values.against,
           **extra,
       )
       print(f"\n{step_table(rows)}", flush=True)
       results += rows
-  options.output.parent.mkdir(parents=True, exist_ok=True)
-  lines = [json.dumps(row) for row in [header, *results]]
-  options.output.write_text("\n".join(lines) + "\n")
-  print(f"\nwritten to {options.output}")
+  records.write(values.output, [header, *results])
+  print(f"\nwritten to {values.output}")
   return results
 
 

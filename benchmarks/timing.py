@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+import asam_jax
+
 
 def seconds(run: Callable[[], Any], calls: int = 1) -> float:
   """The wall time of ``calls`` calls, until the last result is there."""
@@ -77,10 +79,11 @@ def compiled_cost(compiled: Any, calls: int = 1) -> dict[str, float]:
 
 def environment() -> dict[str, Any]:
   """What the numbers depend on: date, versions, processor."""
-  names = ("asam_jax", "jax", "jaxlib", "optax", "flax", "numpy")
+  names = ("jax", "jaxlib", "optax", "flax", "numpy")
   return {
       "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
       "python": platform.python_version(),
+      "asam_jax": asam_jax.__version__,  # may be run from a clone, not installed
       **{name: importlib.metadata.version(name) for name in names},
       "device": jax.devices()[0].device_kind,
       "cpu": _cpu_model(),

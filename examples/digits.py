@@ -19,6 +19,8 @@ import optax
 from sklearn import datasets
 from sklearn import model_selection
 
+from examples import label_noise
+
 CLASSES = 10
 
 
@@ -65,24 +67,7 @@ def load_halves(split_seed: int = 0) -> Halves:
 
 def flip_labels(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
   """Gives round(fraction * n) of the n labels a random other class."""
-  if not 0 <= fraction <= 1:
-    raise ValueError(f"fraction={fraction}: must lie in [0, 1].")
-  rng = np.random.default_rng([seed, 0])
-  flipped = rng.permutation(len(labels))[: round(fraction * len(labels))]
-  noisy = labels.copy()
-  noisy[flipped] += rng.integers(1, CLASSES, len(flipped), dtype=labels.dtype)
-  return noisy % CLASSES
-
-
-def validation_split(
-    size: int, fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Two disjoint sets of indices: to train on, and to validate on."""
-  if not 0 < fraction < 1:
-    raise ValueError(f"fraction={fraction}: must lie in (0, 1).")
-  order = np.random.default_rng([seed, 1]).permutation(size)
-  held_out = round(fraction * size)
-  return order[held_out:], order[:held_out]
+  return label_noise.flip_labels(labels, fraction, CLASSES, seed)
 
 
 def final_runs(halves: Halves, seeds: Sequence[int], noise: float) -> Runs:
@@ -106,7 +91,7 @@ def validation_runs(
   runs = []
   for seed in seeds:
     labels = flip_labels(halves.train_labels, noise, seed)
-    kept, held_out = validation_split(len(labels), fraction, seed)
+    kept, held_out = label_noise.validation_split(len(labels), fraction, seed)
     images = halves.train_images
     runs.append((images[kept], labels[kept], images[held_out], labels[held_out]))
   return Runs(*(np.stack(arrays) for arrays in zip(*runs, strict=True)))

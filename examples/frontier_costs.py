@@ -1,13 +1,9 @@
 """What a step of each method costs, measured beside SGD's in one run."""
 
-from collections.abc import Sequence
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
-import digits
 from flax import linen as nn
-import frontier_methods as methods
-import frontier_training as training
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +11,9 @@ import optax
 import tqdm
 
 import asam_jax
+from examples import digits
+from examples import frontier_methods as methods
+from examples import frontier_training as training
 
 
 class ResNet20(nn.Module):
@@ -36,29 +35,41 @@ class ResNet20(nn.Module):
     return nn.Dense(digits.CLASSES)(x.mean((1, 2)))
 
 
-# network: (model, shape of an image, batch size or None for the task's)
-NETWORKS: dict[str, tuple[Any, tuple[int, ...], int | None]] = {
-    "mlp": (digits.MLP(), (8, 8, 1), None),
-    "cnn": (digits.CNN(), (8, 8, 1), None),
-    "mlp_2m": (digits.MLP(width=1050), (28, 28, 1), 128),
-    "mlp_2m_256": (digits.MLP(width=1050), (28, 28, 1), 256),
-    "resnet20": (ResNet20(), (32, 32, 3), 128),
+class Network(NamedTuple):
+  """What a step is measured on; a batch size of None is the task's."""
+
+  model: nn.Module
+  image: tuple[int, ...]
+  batch_size: int | None = None
+
+
+NETWORKS = {
+    "mlp": Network(digits.MLP(), (8, 8, 1)),
+    "cnn": Network(digits.CNN(), (8, 8, 1)),
+    "mlp_2m": Network(digits.MLP(width=1050), (28, 28, 1), 128),
+    "mlp_2m_256": Network(digits.MLP(width=1050), (28, 28, 1), 256),
+    "resnet20": Network(ResNet20(), (32, 32, 3), 128),
 }
 # The methods that the larger networks are measured for.
 LARGE = ("sgd", "asam", "momentum", "stale")
 
 
-def measure(
-    network: str, names: Sequence[str], batch_size: int, rounds: int
-) -> list[dict[str, Any]]:
-  """One row a method; all their steps take turns, ``rounds`` times, in random order.
+def measure(config: dict[str, Any]) -> list[dict[str, Any]]:
+  """One row a method; all their steps take turns, in random order.
 
   A method that skips ascents has two steps, which are compiled and timed apart:
   a row's ``flops`` and ``time`` are pairs of (step without, step with an ascent),
   relative to the SGD step; of the times the median over the rounds, and quartiles.
+
+  Args:
+    config: the ``network`` of NETWORKS, the ``methods``, the ``batch_size``, and the
+      number of ``rounds``, in each of which each step is timed once.
+
+  Returns:
+    The rows.
   """
-  model, shape, own_batch_size = NETWORKS[network]
-  batch_size = own_batch_size or batch_size
+  model, shape, _ = NETWORKS[config["network"]]
+  names, batch_size = config["methods"], config["batch_size"]
   images = jax.random.normal(jax.random.key(0), (batch_size, *shape))
   labels = jnp.arange(batch_size) % digits.CLASSES
   steps = {}
@@ -70,7 +81,9 @@ def measure(
 
   seconds = {key: [] for key in steps}
   keys, order = list(steps), np.random.default_rng(0)
-  for _ in tqdm.trange(rounds, desc=f"cost, {network}", disable=None):
+  for _ in tqdm.trange(
+      config["rounds"], desc=f"cost, {config['network']}", disable=None
+  ):
     for i in order.permutation(len(keys)):
       key, step = keys[i], steps[keys[i]]
       # The first step finds the caches full of another method's arrays, which no
@@ -86,11 +99,8 @@ def measure(
     flops = [step.flops / steps["sgd", False].flops for step in variants]
     both = [0, -1]  # one step stands for both where there is but one
     rows.append({
-        "kind": "cost",
+        "config": config,
         "method": name,
-        "network": network,
-        "batch_size": batch_size,
-        "rounds": rounds,
         "sgd_ms": round(1e3 * float(np.median(base)), 3),
         "flops": [round(flops[i], 5) for i in both],
         "time": [quartiles[i].tolist() for i in both],

@@ -17,12 +17,14 @@ class Method(NamedTuple):
     label: its name in the table.
     memory: copies of the parameters in its state, over the base optimizer's.
     ascent_share: the part of the batch that the ascent gradient is taken on.
+    gradients: at most so many of them in a step.
   """
 
   make: Callable[[optax.GradientTransformation, Any, int], Any]
   label: str
   memory: int = 0
   ascent_share: float = 1.0
+  gradients: int = 2
 
 
 def _link(rho: Any, *before: Any, **options: Any) -> Any:
@@ -60,13 +62,14 @@ def _falling(total: int) -> asam_jax.Gate:
 
 # SAM and Momentum-SAM have T = 1; all others T_w = |w| + 0.01.
 METHODS: dict[str, Method] = {
-    "sgd": Method(lambda base_tx, rho, total: base_tx, "SGD"),
+    "sgd": Method(lambda base_tx, rho, total: base_tx, "SGD", gradients=1),
     "asam": Method(_ascending(), "ASAM"),
     "sam": Method(lambda base_tx, rho, total: asam_jax.sam(base_tx, rho), "SAM"),
     "momentum": Method(
         lambda base_tx, rho, total: asam_jax.momentum_sam(base_tx, rho),
         "adaptive Momentum-SAM",
         memory=1,
+        gradients=1,
     ),
     "momentum_plain": Method(
         lambda base_tx, rho, total: asam_jax.momentum_sam(
@@ -74,11 +77,13 @@ METHODS: dict[str, Method] = {
         ),
         "Momentum-SAM",
         memory=1,
+        gradients=1,
     ),
     "stale": Method(
         lambda base_tx, rho, total: asam_jax.carried(base_tx, asam_jax.ascent(rho)),
         "stale-gradient ASAM",
         memory=1,
+        gradients=1,
     ),
     "every_2": Method(
         _sometimes(lambda total: lambda step: step % 2 == 0), "ASAM every 2nd step"
@@ -111,6 +116,7 @@ METHODS: dict[str, Method] = {
             base_tx,
         ),
         "ASAM with 2 ascent steps",
+        gradients=3,
     ),
 }
 

@@ -2,14 +2,28 @@
 
 from typing import Any, NamedTuple
 
-import digits
-import frontier_methods as methods
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import asam_jax
+from examples import digits
+from examples import frontier_methods as methods
+
+HELD_OUT = 0.2  # the fraction of the training half that the radii are judged on
+
+
+class Sizes(NamedTuple):
+  """Examples to train on: while the radii are tuned, and then."""
+
+  tuning: int
+  final: int
+
+
+def sizes() -> Sizes:
+  final = len(digits.load_halves().train_labels)
+  return Sizes(final - round(HELD_OUT * final), final)
 
 
 class Config(NamedTuple):

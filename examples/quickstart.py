@@ -6,89 +6,77 @@ learning rate schedule and weight decay; SAM and ASAM take two gradients a step.
 radius rho of each is the best of a grid by accuracy on noisy labels that are held
 out of the training half; the test half is looked at for the result alone.
 
-  python examples/quickstart.py
+  python -m examples.quickstart            # about a minute on two cores
+  python -m examples.quickstart --epochs 5 --seeds 2
+
+Both write to runs/quickstart.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
-import datetime
-import importlib.metadata
-import json
 import math
-import os
-import pathlib
-import sys
 import time
 from typing import Any
 
-import digits
-import jax
 import numpy as np
 import optax
-import quickstart_report
 import tqdm
 
 import asam_jax
+from examples import digits
+from examples import options
+from examples import quickstart_report
+from examples import records
 
 METHODS = ("sgd", "sam", "asam")
+RECORDS, PICTURE = "results.jsonl", "quickstart.png"  # in the folder --results
 
 
-def number(kind: Callable, least: float, most: float = math.inf, above: bool = False):
-  """A number for argparse: within [least, most], or above least."""
-
-  def convert(text: str):
-    value = kind(text)
-    if not least <= value <= most or (above and value == least):
-      bounds = f"above {least}" if above else f"at least {least}"
-      bounds += "" if math.isinf(most) else f" and at most {most}"
-      raise argparse.ArgumentTypeError(f"{text}: must be {bounds}")
-    return value
-
-  convert.__name__ = kind.__name__
-  return convert
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-      description=__doc__,
-      formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-  )
-  count, positive = number(int, 1), number(float, 0, sys.float_info.max, above=True)
-  finite = number(float, 0, sys.float_info.max)
+def parser() -> argparse.ArgumentParser:
+  """The options."""
+  parser = options.parser(__doc__)
+  count = options.number(int, 1)
+  positive = options.number(float, 0, math.inf, above=True, below=True)
+  finite = options.number(float, 0, math.inf, below=True)
   what = parser.add_argument_group("what is compared")
   what.add_argument("--networks", nargs="+", choices=digits.NETWORKS,
                     default=list(digits.NETWORKS), help="networks to train")
   what.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS),
                     help="optimizers to train with")
-  what.add_argument("--seeds", type=number(int, 2), default=5,
-                    help="runs of each, for the standard error")
-  what.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0,
+  what.add_argument("--seeds", type=options.number(int, 2), default=5,
+                    help="number of runs of each, for the standard error")
+  what.add_argument("--seed", type=options.number(int, 0, 2**31 - 1), default=0,
                     help="the first seed; a seed draws the wrong labels, the"
                     " initial weights and the batches")
-  what.add_argument("--noise", type=number(float, 0, 1), default=0.4,
+  what.add_argument("--noise", type=options.number(float, 0, 1), default=0.4,
                     help="fraction of the training labels that is made wrong")
 
   budget = parser.add_argument_group("training, the same for all methods")
-  budget.add_argument("--epochs", type=count, default=60, help="passes over the data")
-  budget.add_argument("--batch-size", type=count, default=64, help="examples a step")
+  budget.add_argument("--epochs", type=count, default=60,
+                      help="number of passes over the training half")
+  budget.add_argument("--batch-size", type=count, default=64,
+                      help="number of examples in a step")
   budget.add_argument("--lr", type=positive, default=0.05,
                       help="first learning rate; falls to 0 along a cosine")
-  budget.add_argument("--momentum", type=number(float, 0, 1), default=0.9,
-                      help="SGD's momentum")
+  budget.add_argument("--momentum", type=options.number(float, 0, 1), default=0.9,
+                      help="SGD's momentum, a fraction")
   budget.add_argument("--weight-decay", type=finite, default=5e-4,
                       help="added to the gradient as this times the weights")
 
   ascent = parser.add_argument_group("the perturbation")
   ascent.add_argument("--rhos-sam", type=positive, nargs="+", metavar="RHO",
-                      default=[0.1, 0.2, 0.5, 1.0], help="SAM's radii to choose from")
+                      default=[0.1, 0.2, 0.5, 1.0],
+                      help="SAM's radii to choose from, in the weights' own unit")
   ascent.add_argument("--rhos-asam", type=positive, nargs="+", metavar="RHO",
-                      default=[0.5, 1.0, 2.0, 4.0], help="ASAM's; one value is taken"
-                      " as it is, without a sweep")
+                      default=[0.5, 1.0, 2.0, 4.0],
+                      help="ASAM's, relative to the weights; one value is taken as"
+                      " it is, without a sweep")
   ascent.add_argument("--sweep-seeds", type=count, default=1,
-                      help="runs for each radius of the sweep")
-  ascent.add_argument("--validation", type=number(float, 0.01, 0.9), default=0.25,
+                      help="number of runs for each radius of the sweep")
+  ascent.add_argument("--validation", type=options.number(float, 0.01, 0.9),
+                      default=0.25,
                       help="fraction of the training half that the sweep holds out")
-  ascent.add_argument("--p", type=number(float, 1), default=2.0,
+  ascent.add_argument("--p", type=options.number(float, 1), default=2.0,
                       help="the norm's exponent, 1 to inf, of SAM and ASAM")
   ascent.add_argument("--eta", type=finite, default=0.01,
                       help="ASAM's stabilizer, added to the normalization operator")
@@ -97,22 +85,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       help="ASAM's normalization operator")
 
   out = parser.add_argument_group("output")
-  folder = pathlib.Path("results/quickstart")
-  out.add_argument("--results", type=pathlib.Path, default=folder / "results.jsonl",
-                   help="JSON lines, one for each network and method")
-  out.add_argument("--figure", type=pathlib.Path, default=folder / "quickstart.png",
-                   help="picture of the results")
+  options.add_results(out, "quickstart", "results.jsonl and quickstart.png")
   out.add_argument("--redraw", action="store_true",
-                   help="train nothing: table and picture from --results as it is")
-  args = parser.parse_args(argv)
+                   help="train nothing: table and picture from the results.jsonl"
+                   " that is there")
+  return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+  """The options' values, checked together."""
+  reader = parser()
+  args = reader.parse_args(argv)
   for name in ("networks", "methods", "rhos_sam", "rhos_asam"):
-    setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # no twins
-  if args.redraw and not args.results.is_file():
-    parser.error(f"--redraw: no file {args.results}; run without --redraw first")
+    setattr(args, name, options.distinct(getattr(args, name)))
+  if args.redraw and not (args.results / RECORDS).is_file():
+    reader.error(f"--redraw: no file {args.results / RECORDS}; run without --redraw"
+                 " first, or name the folder by --results")
   size = len(digits.load_halves().train_labels)
   smallest = size - round(args.validation * size)
   if args.batch_size > smallest:
-    parser.error(f"--batch-size {args.batch_size}: the sweep trains on {smallest}"
+    reader.error(f"--batch-size {args.batch_size}: the sweep trains on {smallest}"
                  " examples; take a smaller batch")
   return args
 
@@ -143,7 +135,7 @@ def grid_of(args, method: str) -> list[float]:
   return {"sgd": [], "sam": args.rhos_sam, "asam": args.rhos_asam}[method]
 
 
-def run(args, network: str, method: str, runs, seeds, rhos, progress, **options):
+def run(args, network: str, method: str, runs, seeds, rhos, progress, **more):
   """Trains ``len(seeds)`` networks side by side."""
   steps = args.epochs * (runs.train_images.shape[1] // args.batch_size)
   cost = (1 if method == "sgd" else 2) * len(seeds)
@@ -156,7 +148,7 @@ def run(args, network: str, method: str, runs, seeds, rhos, progress, **options)
       epochs=args.epochs,
       batch_size=args.batch_size,
       progress=lambda steps: progress.update(steps * cost),
-      **options,
+      **more,
   )
 
 
@@ -199,11 +191,8 @@ def measure(args, halves, network: str, method: str, progress) -> dict[str, Any]
       "epochs": training.epochs,
       "test_accuracy_by_epoch": training.accuracy.round(5).tolist(),
       "config": {k: v for k, v in vars(args).items() if k not in
-                 ("results", "figure", "redraw")},
-      "versions": {name: importlib.metadata.version(name)
-                   for name in ("asam_jax", "jax", "optax", "flax")},
-      "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-      "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+                 ("results", "redraw")},
+      **records.environment(("jax", "optax", "flax")),
   }
 
 
@@ -223,30 +212,27 @@ def gradients(args, size: int) -> int:
 def train_all(args) -> list[dict[str, Any]]:
   """Every network with every method."""
   halves = digits.load_halves()
-  records = []
+  rows = []
   total = gradients(args, len(halves.train_labels))
   with tqdm.tqdm(total=total, unit="grad", unit_scale=True) as progress:
     for network in args.networks:
       for method in args.methods:
         progress.set_description(f"{network} {method}")
-        records.append(measure(args, halves, network, method, progress))
-  return records
+        rows.append(measure(args, halves, network, method, progress))
+  return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(argv)
   start = time.perf_counter()
+  path, figure = args.results / RECORDS, args.results / PICTURE
   if not args.redraw:
-    lines = [json.dumps(record) for record in train_all(args)]
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text("\n".join(lines) + "\n", encoding="utf-8")
-  # What is shown is what was kept.
-  text = args.results.read_text(encoding="utf-8")
-  records = [json.loads(line) for line in text.splitlines()]
-  quickstart_report.draw(records, args.figure)
-  print(quickstart_report.table(records))
-  print(quickstart_report.remarks(records))
-  print(f"{time.perf_counter() - start:.0f} s. {args.results} {args.figure}")
+    records.write(path, train_all(args))
+  rows = records.read(path)  # what is shown is what was kept
+  quickstart_report.draw(rows, figure)
+  print(quickstart_report.table(rows))
+  print(quickstart_report.remarks(rows))
+  print(f"{time.perf_counter() - start:.0f} s. Written: {path} {figure}")
 
 
 if __name__ == "__main__":

@@ -4,31 +4,24 @@ from collections.abc import Sequence
 import pathlib
 from typing import Any
 
-import matplotlib
 import numpy as np
 
-COLORS = {"sgd": "#D55E00", "sam": "#0072B2", "asam": "#009E73"}  # Okabe and Ito's
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-  """Mean and standard error."""
-  return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)
+from examples import style
+from examples import summary
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
   """The results as a Markdown table."""
-  lines = [
-      "| network | method | rho | test accuracy (%) | seconds |",
-      "|---|---|---|---|---|",
-  ]
+  rows = []
   for record in records:
-    mean, error = mean_and_error(100 * np.array(record["test_accuracy"]))
+    scores = summary.mean_and_error(100 * np.array(record["test_accuracy"]))
     rho = "-" if record["rho"] is None else f"{record['rho']:g}"
-    lines.append(
-        f"| {record['network'].upper()} | {record['method'].upper()} | {rho} |"
-        f" {mean:.1f} ± {error:.1f} | {record['seconds']:.1f} |"
-    )
-  return "\n".join(lines)
+    rows.append([
+        record["network"].upper(), record["method"].upper(), rho,
+        summary.show(*scores, digits=1), f"{record['seconds']:.1f}",
+    ])
+  header = ["network", "method", "rho", "test accuracy (%)", "seconds"]
+  return summary.markdown(header, rows)
 
 
 def remarks(records: Sequence[dict[str, Any]]) -> str:
@@ -56,57 +49,60 @@ def remarks(records: Sequence[dict[str, Any]]) -> str:
 
 def draw(records: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   """Learning curves (left) and final accuracies (right), a row for each network."""
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt  # after the choice of the backend
-
   networks = list(dict.fromkeys(record["network"] for record in records))
-  figure, axes = plt.subplots(
-      len(networks), 2, figsize=(9, 3.2 * len(networks)), squeeze=False,
-      sharey="row", width_ratios=[2.2, 1], layout="constrained",
-  )
-  for row, network in zip(axes, networks, strict=True):
-    chosen = [record for record in records if record["network"] == network]
-    _draw_network(row[0], row[1], network, chosen)
-  axes[0][0].legend(loc="best", frameon=False)
-  axes[-1][0].set_xlabel("epoch")
-  config = records[0]["config"]
-  figure.suptitle(
-      f"Digits with {config['noise']:.0%} wrong training labels,"
-      f" {len(records[0]['seeds'])} seeds"
-  )
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+  seeds = len(records[0]["seeds"])
+  with style.picture(
+      path, len(networks), 2, size=(9, 3.2 * len(networks) + 0.5), sharey="row",
+      width_ratios=[2.2, 1],
+  ) as (figure, axes):
+    for row, network in zip(axes, networks, strict=True):
+      chosen = [record for record in records if record["network"] == network]
+      _draw_curves(row[0], network, chosen)
+      _draw_finals(row[1], chosen)
+      _set_limits(row[0], chosen)
+    axes[0][0].legend(loc="best")
+    for left, right in axes:
+      left.set_xlabel("epoch")
+      right.set_xlabel("method and its radius ρ")
+    noise = records[0]["config"]["noise"]
+    figure.suptitle(f"Digits with {100 * noise:g} % wrong training labels")
+    style.explain(figure, style.bars_mean(seeds, "bands and bars")
+                  + " Points: single runs. Numbers: the means (%).")
 
 
-def _draw_network(curves, finals, network: str, records) -> None:
-  for position, record in enumerate(records):
-    method = record["method"]
-    color = COLORS[method]
+def _draw_curves(axis, network: str, records) -> None:
+  for record in records:
+    look = style.of(record["method"])
     runs = 100 * np.array(record["test_accuracy_by_epoch"])
-    mean, error = runs.mean(1), runs.std(1, ddof=1) / runs.shape[1] ** 0.5
-    curves.plot(record["epochs"], mean, color=color, label=method.upper())
-    curves.fill_between(record["epochs"], mean - error, mean + error, color=color,
-                        alpha=0.25, linewidth=0)
-    spread = position + np.linspace(-0.15, 0.15, runs.shape[1])
-    finals.plot(spread, runs[-1], "o", color=color, alpha=0.6, markersize=5)
-    finals.errorbar(position, mean[-1], error[-1], fmt="_", color="black",
-                    markersize=22, capsize=4)
-    finals.annotate(f"{mean[-1]:.1f}", (position, runs[-1].min()), (0, -8),
-                    textcoords="offset points", ha="center", va="top")
-  labels = [r["method"].upper() + ("" if r["rho"] is None else f"\nρ = {r['rho']:g}")
-            for r in records]
-  finals.set_xticks(range(len(records)), labels)
-  finals.set_xlim(-0.5, len(records) - 0.5)
-  finals.set_title(f"{network.upper()}: after the last epoch", fontsize=10)
-  curves.set_title(f"{network.upper()}: mean ± standard error", fontsize=10)
-  curves.set_ylabel("test accuracy (%)")
+    mean, error = np.array([summary.mean_and_error(epoch) for epoch in runs]).T
+    axis.plot(record["epochs"], mean, color=look.color, label=look.label)
+    axis.fill_between(record["epochs"], mean - error, mean + error, color=look.color,
+                      alpha=0.25, linewidth=0)
+  axis.set_title(f"{network.upper()} during training")
+  axis.set_ylabel("test accuracy (%)")
+
+
+def _draw_finals(axis, records) -> None:
+  for position, record in enumerate(records):
+    runs = 100 * np.array(record["test_accuracy"])
+    mean, error = summary.mean_and_error(runs)
+    spread = position + np.linspace(-0.15, 0.15, len(runs))
+    color = style.of(record["method"]).color
+    axis.plot(spread, runs, "o", color=color, alpha=0.5, markersize=4, linewidth=0)
+    style.error_bars(axis, position, mean, error, record["method"], marker="_",
+                     markersize=20, capsize=5, color="black")
+    axis.annotate(f"{mean:.1f}", (position, min(runs)), (0, -6), va="top",
+                  textcoords="offset points", ha="center")
+  labels = [style.of(r["method"]).label
+            + ("" if r["rho"] is None else f"\nρ = {r['rho']:g}") for r in records]
+  axis.set_xticks(range(len(records)), labels)
+  axis.set_xlim(-0.5, len(records) - 0.5)
+  axis.set_title("after the last epoch")
+
+
+def _set_limits(axis, records) -> None:
   # Room for the numbers; the first epochs, far below, would flatten the rest.
-  final = 100 * np.array([r["test_accuracy"] for r in records])
-  low, high = final.min(), max(
-      100 * np.max(r["test_accuracy_by_epoch"]) for r in records)
+  low = 100 * min(min(r["test_accuracy"]) for r in records)
+  high = 100 * max(np.max(r["test_accuracy_by_epoch"]) for r in records)
   margin = 0.25 * (high - low) + 2
-  curves.set_ylim(low - margin, min(100.5, high + 0.4 * margin))
-  for axis in (curves, finals):
-    axis.grid(axis="y", alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
+  axis.set_ylim(low - margin, min(100.5, high + 0.4 * margin))

@@ -1,11 +1,13 @@
 """Tables and figures of the sharpness study, from its JSON lines alone."""
 
-import json
 import pathlib
 
+from matplotlib import colors
 import numpy as np
 
 from asam_jax import sharpness
+from examples import records
+from examples import style
 
 AXES = ("batch_size", "learning_rate", "weight_decay", "dropout")
 ROWS = ("tau", *AXES, "mean")
@@ -22,12 +24,26 @@ PUBLISHED = {
     "adaptive, p=inf": (0.616, 0.817, 0.806, 0.656, 0.225, 0.626),
 }
 
+# What the radius of a measure is taken in.
+UNITS = {"sharpness": "within ‖ε‖ ≤ ρ", "adaptive": "within ‖ε/|w|‖ ≤ ρ"}
+
 
 def read(results: pathlib.Path):
-  """Settings and gaps of the measured networks, and {(measure, rho): values}."""
-  rows, lines = (
-      [json.loads(line) for line in (results / name).read_text().splitlines()]
-      for name in ("networks.jsonl", "measures.jsonl"))
+  """How many networks there are, those that were measured, {measure: {rho: values}}.
+
+  Args:
+    results: the folder of networks.jsonl and measures.jsonl.
+  """
+  paths = [results / name for name in ("networks.jsonl", "measures.jsonl")]
+  for path in paths:
+    if not path.exists():
+      raise SystemExit(f"no file {path}; run the stage measure first, or name the"
+                       " folder by --results.")
+  rows, lines = map(records.read, paths)
+  configs = {records.key(row["config"]) for row in (*rows, *lines)}
+  if len(configs) > 1:  # a run was interrupted between the two files
+    raise SystemExit(f"{paths[0]} and {paths[1]} are of different configurations:"
+                     f" {', '.join(sorted(configs))}. Run the stage measure again.")
   kept = [rows[i] for i in lines[0]["networks"]]
   measures: dict[str, dict[float, np.ndarray]] = {}
   for line in lines:
@@ -115,33 +131,28 @@ def published() -> str:
 
 
 def scatter(kept, measures, radii, path: pathlib.Path) -> None:
-  from matplotlib import colors
-  from matplotlib import pyplot as plt
-
+  """The gap against each measure, coloured by two of the hyper-parameters."""
   gap = 100 * gaps(kept)
-  rate = np.array([row["learning_rate"] for row in kept])
-  decay = np.array([row["weight_decay"] for row in kept])
-  figure, axes = plt.subplots(2, 4, figsize=(11, 5.2), sharey=True,
-                              layout="constrained")
-  for j, (name, rho) in enumerate(radii.items()):
-    for i, (label, setting) in enumerate(
-        [("learning rate", rate), ("weight decay", decay)]):
-      ax = axes[i, j]
-      drawn = ax.scatter(measures[name][rho], gap, c=setting, s=7, linewidths=0,
-                         norm=colors.LogNorm(), cmap="viridis", alpha=0.8)
-      ax.set_xscale("log")
-      if i == 0:
-        tau = tau_of(measures[name][rho], gap, np.arange(len(gap)))
-        ax.set_title(f"{name.replace('inf', '∞')}, ρ={rho:g}\nτ = {tau:.3f}",
-                     fontsize=10)
-      else:
-        ax.set_xlabel("largest rise of the loss")
-      if j == 0:
-        ax.set_ylabel("generalization gap (%)")
-      if j == 3:
-        figure.colorbar(drawn, ax=axes[i], label=label)
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
+  shades = {
+      "learning rate": np.array([row["learning_rate"] for row in kept]),
+      "weight decay": np.array([row["weight_decay"] for row in kept]),
+  }
+  with style.picture(path, 2, 4, size=(12.5, 6.2), sharey=True) as (figure, axes):
+    for column, (name, rho) in zip(axes.T, radii.items(), strict=True):
+      values, unit = measures[name][rho], UNITS[name.split(",")[0]]
+      tau = tau_of(values, gap, np.arange(len(gap)))
+      title = f"{name.replace('inf', '∞')}, ρ = {rho:g}\nKendall τ = {tau:.3f}"
+      column[0].set_title(title)
+      for axis, shade in zip(column, shades.values(), strict=True):
+        axis.scatter(values, gap, c=shade, s=8, linewidths=0, alpha=0.8,
+                     norm=colors.LogNorm(), cmap="viridis")
+        axis.set_xscale("log")
+        axis.set_xlabel(f"worst rise of the loss (nats),\n{unit}")
+    for row, name in zip(axes, shades, strict=True):
+      row[0].set_ylabel("generalization gap\n(percentage points)")
+      figure.colorbar(row[-1].collections[0], ax=row, label=f"{name} (log scale)")
+    style.explain(figure, f"A point: one of {len(gap)} networks, each trained once; the"
+                  " sampling error of a gap is 0.5 points.")
 
 
 def report(results: pathlib.Path) -> None:
@@ -170,6 +181,6 @@ def report(results: pathlib.Path) -> None:
       "## Published (WRN-28-2, CIFAR-10)†", published(),
       "† not checked against the paper's own table.",
   ])
-  (results / "tables.md").write_text(text + "\n")
+  records.replace(results / "tables.md", text + "\n")
   scatter(kept, measures, radii, results / "scatter.png")
   print(text)

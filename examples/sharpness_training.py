@@ -1,21 +1,21 @@
 """Sharpness over the course of training: SGD, SAM and ASAM on noisy digits.
 
-  python examples/sharpness_training.py          # train, measure, draw
-  python examples/sharpness_training.py --plot   # draw from the recorded lines
+  python -m examples.sharpness_training           # train, measure, draw
+  python -m examples.sharpness_training --redraw  # draw from the recorded lines
 
 The first-order sharpness costs nothing: SAM and ASAM have it in their state, and the
 training step returns it. The worst case is measured every few epochs by a function
-that is compiled once. There are no callbacks. results/sharpness_training gets the
-records and two figures, of the curves and of the loss around the final weights.
+that is compiled once. There are no callbacks. runs/sharpness_training gets the
+records, log.jsonl of the training and slices.json of the loss around the final
+weights, and a picture of each.
 """
 
 import argparse
+from collections.abc import Sequence
 import json
-import pathlib
-import platform
 import time
+from typing import Any
 
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +25,10 @@ import tqdm
 import asam_jax
 from asam_jax import landscape
 from asam_jax import sharpness
+from examples import digits
+from examples import options
+from examples import records
+from examples import sharpness_training_report as report
 
 NOISE, BATCH, RATE = 0.4, 64, 0.1
 RHO = {"SAM": 0.05, "ASAM": 0.5}  # of the optimizers
@@ -65,8 +69,8 @@ def make_worst_case(loss, subset):
   def worst(params):
     return {
         name: sharpness.worst_case(
-            lambda w: loss(w, subset), params, rho, normalization=kind,
-            steps=10, restarts=0).value
+            lambda w: loss(w, subset), params, rho,
+            geometry=asam_jax.Geometry(normalization=kind), steps=10, restarts=0).value
         for name, (rho, kind) in MEASURED.items()
     }
 
@@ -111,84 +115,73 @@ def train(seed: int, epochs: int, every: int):
   return records, finals, lambda w: loss(w, subset)
 
 
-def slices(finals, loss):
+def slices(finals, loss) -> dict[str, Any]:
   """Lines along each one's gradient, ASAM's surface, and the common plane."""
   rho, kind = MEASURED["adaptive"]
-  lines, arrays = {}, {}
+  lines = {}
   for name, params in finals.items():
-    d = landscape.direction("gradient", params, loss=loss, normalization=kind)
+    geometry = asam_jax.Geometry(normalization=kind)
+    d = landscape.direction("gradient", params, geometry=geometry, loss=loss)
     lines[name] = landscape.line(loss, params, d, rho, extent=2, points=41)
   ds = [landscape.direction(k, finals["ASAM"], loss=loss)
         for k in ("gradient", "eigenvector")]
-  arrays["surface"] = landscape.surface(
-      loss, finals["ASAM"], ds, rho, extent=2, points=25)
-  arrays["plane"] = landscape.plane(loss, list(finals.values()), points=25)
-  return lines, arrays
-
-
-def plot_curves(records, path: pathlib.Path) -> None:
-  from matplotlib import pyplot as plt
-
-  panels = {
-      "plain": f"worst case, ρ={MEASURED['plain'][0]}",
-      "adaptive": f"adaptive worst case, ρ={MEASURED['adaptive'][0]}",
-      "free": "first order, free, each with its own ρ",
-      "test_accuracy": "test accuracy",
+  return {
+      "lines": {name: as_lists(line) for name, line in lines.items()},
+      "surface": as_lists(landscape.surface(
+          loss, finals["ASAM"], ds, rho, extent=2, points=25)),
+      "plane": as_lists(landscape.plane(loss, list(finals.values()), points=25)),
   }
-  figure, axes = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
-  for ax, (field, title) in zip(axes, panels.items(), strict=True):
-    for i, name in enumerate(("SGD", "SAM", "ASAM")):
-      rows = [r for r in records if r["optimizer"] == name and field in r]
-      if rows:
-        ax.plot([r["epoch"] for r in rows], [r[field] for r in rows],
-                color=f"C{i}", label=name)
-    ax.set_title(title, fontsize=10)
-    ax.set_xlabel("epoch")
-    if field != "test_accuracy":
-      ax.set_yscale("log")
-    ax.legend(frameon=False, fontsize=8)
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
 
 
-def plot_slices(lines, arrays, path: pathlib.Path) -> None:
-  from matplotlib import pyplot as plt
-
-  figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-  landscape.plot_line(lines, axes[0])
-  axes[0].set_title("along each one's gradient (adaptive)", fontsize=10)
-  landscape.plot_surface(arrays["surface"], axes[1])
-  axes[1].set_title("ASAM: gradient and top eigenvector", fontsize=10)
-  landscape.plot_plane(arrays["plane"], ("SGD", "SAM", "ASAM"), axes[2])
-  axes[2].set_title("the plane of the three", fontsize=10)
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
+def as_lists(slice_: Any) -> dict[str, Any]:
+  """The arrays of a slice for JSON, to six digits."""
+  short = lambda x: np.vectorize(lambda v: float(f"{v:.6g}"))(x).tolist()  # noqa: E731
+  return {name: short(np.asarray(x)) for name, x in slice_._asdict().items()}
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-  parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--epochs", type=int, default=100)
-  parser.add_argument("--every", type=int, default=5, help="epochs between measures")
-  parser.add_argument("--plot", action="store_true", help="draw the curves only")
-  parser.add_argument("--results", type=pathlib.Path,
-                      default="results/sharpness_training")
-  args = parser.parse_args()
-  results = pathlib.Path(args.results)
-  log = results / "log.jsonl"
-  if not args.plot:
-    results.mkdir(parents=True, exist_ok=True)
+def parser() -> argparse.ArgumentParser:
+  """The options."""
+  parser = options.parser(__doc__)
+  add = parser.add_argument
+  count = options.number(int, 1)
+  add("--seed", type=options.number(int, 0, 2**31 - 1), default=0,
+      help="draws the wrong labels, the initial weights and the batches")
+  add("--epochs", type=count, default=100,
+      help="number of passes over the training half")
+  add("--every", type=count, default=5,
+      help="number of epochs between two measures of the worst cases")
+  add("--redraw", action="store_true",
+      help="train nothing: pictures from the records that are there")
+  options.add_results(parser, "sharpness_training", "the records and the pictures")
+  return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  reader = parser()
+  args = reader.parse_args(argv)
+  log, around = args.results / "log.jsonl", args.results / "slices.json"
+  if not args.redraw:
     start = time.perf_counter()
-    records, finals, loss = train(args.seed, args.epochs, args.every)
-    common = {"seed": args.seed, "jax": jax.__version__, "python":
-              platform.python_version(), "device": jax.devices()[0].device_kind}
-    log.write_text("".join(json.dumps({**r, **common}) + "\n" for r in records))
-    plot_slices(*slices(finals, loss), results / "slices.png")
+    rows, finals, loss = train(args.seed, args.epochs, args.every)
+    common = {
+        "config": {"seed": args.seed, "epochs": args.epochs, "every": args.every,
+                   "noise": NOISE, "batch_size": BATCH, "lr": RATE, "rho": RHO,
+                   "measured": MEASURED},
+        **records.environment(("jax", "optax", "flax")),
+    }
+    drawn = slices(finals, loss)
+    records.write(log, [{**row, **common} for row in rows])
+    records.replace(around, json.dumps({**drawn, **common}) + "\n")
     print(f"{time.perf_counter() - start:.0f} s")
-  records = [json.loads(line) for line in log.read_text().splitlines()]
-  plot_curves(records, results / "curves.png")
-  for name in ("SGD", "SAM", "ASAM"):
-    print([r for r in records if r["optimizer"] == name and "plain" in r][-1])
+  for path in (log, around):
+    if not path.exists():
+      reader.error(f"--redraw: no file {path}; run without --redraw first, or name the"
+                   " folder by --results")
+  rows = records.read(log)
+  report.plot_curves(rows, args.results / "curves.png")
+  report.plot_slices(json.loads(around.read_text()), args.results / "slices.png")
+  print(report.table(rows))
+  print(f"Written: pictures and records in {args.results}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 import importlib
 import json
 import math
-import pathlib
-import sys
 
 from jax import lax
 import jax.numpy as jnp
@@ -14,11 +12,9 @@ import pytest
 
 pytest.importorskip("sklearn", reason="the examples need the extra 'examples'")
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-sys.path.append(str(EXAMPLES))  # scripts that import one another, not a package
-digits = importlib.import_module("digits")
-quickstart = importlib.import_module("quickstart")
-quickstart_report = importlib.import_module("quickstart_report")
+digits = importlib.import_module("examples.digits")
+quickstart = importlib.import_module("examples.quickstart")
+quickstart_report = importlib.import_module("examples.quickstart_report")
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +116,17 @@ def test_runs_side_by_side_are_those_alone(halves):
   assert len(set(together.tolist())) == 3  # radius and seed both matter
 
 
-def test_quickstart_writes_what_it_prints(tmp_path, capsys):
-  results, figure = tmp_path / "new" / "r.jsonl", tmp_path / "new" / "f.png"
+def test_quickstart_writes_what_it_prints(tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  folder = tmp_path / "runs" / "quickstart"  # the default
+  results, figure = folder / "results.jsonl", folder / "quickstart.png"
   quickstart.main([
       "--networks", "mlp", "--methods", "sgd", "asam", "--epochs", "2",
       "--seeds", "2", "--sweep-seeds", "1", "--rhos-asam", "0.5", "300",
-      "--seed", "7", "--results", str(results), "--figure", str(figure),
+      "--seed", "7",
   ])
+  assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+  assert {path.name for path in folder.iterdir()} == {results.name, figure.name}
   printed = capsys.readouterr().out
   records = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
 
@@ -151,7 +151,8 @@ def test_quickstart_writes_what_it_prints(tmp_path, capsys):
     assert np.mean(record["test_accuracy"]) > 0.2
     assert record["seconds"] > 0
     assert record["config"]["noise"] == 0.4
-    assert set(record["versions"]) == {"asam_jax", "jax", "optax", "flax"}
+    assert set(record["versions"]) == {
+        "asam_jax", "flax", "jax", "optax", "python"}
     mean = 100 * np.mean(record["test_accuracy"])
     error = 100 * abs(np.subtract(*record["test_accuracy"])) / 2
     assert f"| {mean:.1f} ± {error:.1f} |" in printed
@@ -162,7 +163,7 @@ def test_quickstart_writes_what_it_prints(tmp_path, capsys):
   assert figure.stat().st_size > 10_000
 
   figure.unlink()
-  quickstart.main(["--redraw", "--results", str(results), "--figure", str(figure)])
+  quickstart.main(["--redraw", "--results", str(folder)])
   assert figure.stat().st_size > 10_000
   assert quickstart_report.table(records) in capsys.readouterr().out
 
@@ -178,7 +179,7 @@ def test_quickstart_writes_what_it_prints(tmp_path, capsys):
         (["--epochs", "two"], "--epochs: invalid int value: 'two'"),
         (["--methods", "adam"], "--methods: invalid choice: 'adam'"),
         (["--batch-size", "700"], "--batch-size 700"),
-        (["--redraw", "--results", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--redraw", "--results", "nowhere"], "nowhere/results.jsonl"),
     ],
 )
 def test_bad_options_are_refused_by_name(options, message, capsys):

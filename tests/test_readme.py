@@ -2,10 +2,8 @@
 
 import doctest
 import importlib
-import json
 from pathlib import Path
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +11,10 @@ import pytest
 
 import asam_jax
 from benchmarks import timing
+from examples import records
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language):
@@ -37,6 +37,13 @@ def patched(code, diff):
       assert all(text.startswith("import ") for text in added)
       code, added = "\n".join([*added, code]), []
   return code
+
+
+def load_report(name):
+  """A module of the examples that draws, which needs their extra."""
+  pytest.importorskip("matplotlib", reason="the examples need the extra 'examples'")
+  pytest.importorskip("sklearn", reason="the examples need the extra 'examples'")
+  return importlib.import_module(f"examples.{name}")
 
 
 def data():
@@ -106,24 +113,21 @@ def test_pictures_and_files_exist():
   local = [link for link in links if not link.startswith("http")]
   assert local
   for link in local:
-    assert (Path(__file__).parent.parent / link).exists(), link
+    assert (ROOT / link).exists(), link
 
 
 def test_quickstart_table_is_that_of_the_results():
-  folder = Path(__file__).parent.parent
-  sys.path.append(str(folder / "examples"))
-  report = importlib.import_module("quickstart_report")
-  lines = (folder / "results/quickstart/results.jsonl").read_text().splitlines()
-  assert report.table([json.loads(line) for line in lines]).strip() in README
+  quickstart_report = load_report("quickstart_report")
+  rows = records.read(ROOT / "results/quickstart/results.jsonl")
+  assert quickstart_report.table(rows) in README
 
 
 def test_cost_table_is_that_of_the_results():
-  folder = Path(__file__).parent.parent / "results/benchmarks"
+  folder = ROOT / "results/benchmarks"
   text = README.replace("\n", " ")
 
   def rows_of(name):
-    _, *lines = (folder / f"{name}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return records.read(folder / f"{name}.jsonl")[1:]
 
   columns = ("ASAM by hand", "adaptive_sam", "value_and_grad", "sam")
   modes = ("optax.contrib.sam, opaque", "optax.contrib.sam, transparent")
@@ -151,13 +155,15 @@ def test_cost_table_is_that_of_the_results():
 
 
 def test_frontier_table_is_that_of_the_results():
-  folder = Path(__file__).parent.parent
-  sys.path.append(str(folder / "examples"))
-  report = importlib.import_module("frontier_report")
-  lines = (folder / "results/frontier/frontier.jsonl").read_text().splitlines()
-  results = [json.loads(line) for line in lines]
+  report = load_report("frontier_report")
+  results = records.read(ROOT / "results/frontier/frontier.jsonl")
+  kinds = {"accuracy": [], "cost": []}
+  for row in results:
+    kinds[row["config"]["kind"]].append(row)
   rows = {
-      network: {row.method: row for row in report.rows_of(results, network, 0.4)}
+      network: {
+          row.method: row for row in report.rows_of(*kinds.values(), network, 0.4)
+      }
       for network in ("mlp", "cnn")
   }
   labels = {
@@ -174,8 +180,8 @@ def test_frontier_table_is_that_of_the_results():
     ]
     assert f"| {label} | {cells[0]} | {cells[1]} |" in README
   text = README.replace("\n", " ")
-  for row in results:
-    if row["kind"] == "cost" and row["method"] == "momentum" and (
-        row["network"] not in rows  # the larger networks, of the sentence below
+  for row in kinds["cost"]:
+    if row["method"] == "momentum" and (
+        row["config"]["network"] not in rows  # the larger ones, of the sentence below
     ):
       assert timing.show(row["time"][1]) in text

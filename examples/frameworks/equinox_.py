@@ -1,6 +1,6 @@
 """ASAM in Equinox, with batch norm and dropout.
 
-``python examples/frameworks/equinox_.py``
+``python -m examples.frameworks.equinox_``
 """
 
 import equinox as eqx

@@ -1,6 +1,6 @@
 """ASAM in Haiku, with batch norm and dropout.
 
-``python examples/frameworks/haiku_.py``
+``python -m examples.frameworks.haiku_``
 """
 
 import haiku as hk

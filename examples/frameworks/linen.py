@@ -1,6 +1,6 @@
 """ASAM in Flax linen with an unmodified TrainState, batch norm and dropout.
 
-``python examples/frameworks/linen.py``
+``python -m examples.frameworks.linen``
 """
 
 import flax.linen as nn

@@ -4,7 +4,7 @@ For what lives in the optimizer: schedules of rho, second gradients now and then
 sharpness in its state. ``TrainState.apply_gradients`` gives the optimizer no extra
 arguments; the subclass does.
 
-``python examples/frameworks/linen_optimizer.py``
+``python -m examples.frameworks.linen_optimizer``
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """ASAM in Flax NNX, with batch norm and dropout.
 
-``python examples/frameworks/nnx_.py``
+``python -m examples.frameworks.nnx_``
 """
 
 from flax import nnx

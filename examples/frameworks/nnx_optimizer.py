@@ -3,7 +3,7 @@
 For what lives in the optimizer: schedules of rho, second gradients now and then, the
 sharpness in its state.
 
-``python examples/frameworks/nnx_optimizer.py``
+``python -m examples.frameworks.nnx_optimizer``
 """
 
 from flax import nnx

@@ -2,7 +2,7 @@
 
 Optimistix minimizes one function, so the whole data set is the batch.
 
-``python examples/frameworks/optimistix_.py``
+``python -m examples.frameworks.optimistix_``
 """
 
 import jax

@@ -1,6 +1,6 @@
 """ASAM on a plain pytree of parameters: the Optax door.
 
-``python examples/frameworks/plain.py``
+``python -m examples.frameworks.plain``
 """
 
 import jax

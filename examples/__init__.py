@@ -1,0 +1,1 @@
+"""Training with asam_jax: a quickstart, studies, and the paper's experiments."""
