@@ -68,7 +68,7 @@ def placed(tree: Any, mesh: Mesh, sharded: bool, parts: int = 0) -> Any:
   parts = parts or mesh.size
 
   def place(leaf: Any) -> jax.ShapeDtypeStruct:
-    spec = [None] * len(leaf.shape)
+    spec: list[str | None] = [None] * len(leaf.shape)
     divisible = [i for i, size in enumerate(leaf.shape) if size % parts == 0]
     if sharded and len(leaf.shape) >= SHARDED_DIMENSIONS and divisible:
       spec[divisible[0]] = AXIS

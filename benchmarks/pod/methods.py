@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
-import jax.numpy as jnp
 import optax
 
 import asam_jax
@@ -97,7 +97,7 @@ def methods(loss: Any, mesh: Mesh) -> dict[str, Method]:
 
 
 def asam_point(params: Any, grads: Any) -> Any:
-  """w + rho T^2 g / ||T g||, as a user would write it: T = 1 for biases."""
+  """The point w + rho T^2 g / ||T g||, as a user would write it: biases have T = 1."""
 
   def factor(path: Any, w: jax.Array) -> jax.Array | float:
     return 1.0 if path[-1].key == "bias" else jnp.abs(w) + ETA
@@ -111,7 +111,7 @@ def asam_point(params: Any, grads: Any) -> Any:
 
 
 def sam_point(params: Any, grads: Any) -> Any:
-  """w + rho g / ||g||, as a user would write it."""
+  """The point w + rho g / ||g||, as a user would write it."""
   ratio = RHO_SAM / _norm(grads)
   return jax.tree.map(lambda w, g: w + (ratio * g).astype(w.dtype), params, grads)
 

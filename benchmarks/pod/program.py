@@ -15,14 +15,15 @@ COLLECTIVES = (
 LOOPS = ("while", "conditional")
 
 _INSTRUCTION = re.compile(
-    r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\(([^)]*)\)(.*)$",
-    re.MULTILINE,
+    r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\(([^)]*)\)(.*)$"
 )
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _LAYOUT = re.compile(r"\{[^{}]*\}")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_NAME = re.compile(r"%?([\w.\-]+)\s*(?:,|$)")
 _GROUP_SHAPE = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+_GROUP_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _FIRST_GROUP = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 
 
@@ -64,6 +65,7 @@ class Cost(NamedTuple):
 
 
 class _Instruction(NamedTuple):
+  computation: str
   name: str
   shape: str
   kind: str
@@ -86,14 +88,25 @@ def cost(compiled: Any) -> Cost:
 
 
 def collectives(text: str) -> tuple[Collective, ...]:
-  """The exchanges in a program's text; an asynchronous one counts at its start."""
+  """The exchanges in a program's text.
+
+  An asynchronous one counts at its start. One that a TPU spreads over several fusions,
+  to run beside them, stands in each of these with the same channel, and counts once.
+  """
   instructions = list(_instructions(text))
   sizes = {each.name: array_bytes(each.shape) for each in instructions}
-  found = []
+  found, channels = [], set()
   for each in instructions:
     kind = each.kind.removesuffix("-start")
+    if each.computation.startswith("all-reduce-scatter"):  # as a TPU fuses it
+      kind = kind.replace("all-reduce", "reduce-scatter")
     if kind not in COLLECTIVES:
       continue
+    channel = _CHANNEL.search(each.attributes)
+    if channel:
+      if channel.group(1) in channels:
+        continue
+      channels.add(channel.group(1))
     before = sum(sizes.get(name, 0) for name in each.operands)
     after = array_bytes(each.shape)
     if each.kind.endswith("-start"):
@@ -125,16 +138,26 @@ def _bits(element: str) -> int:
 
 
 def _instructions(text: str) -> Iterator[_Instruction]:
-  for match in _INSTRUCTION.finditer(_COMMENT.sub("", text)):
-    name, shape, kind, operands, attributes = match.groups()
-    # Older programs write each operand with its shape in front of the name.
-    names = [part.split()[-1].lstrip("%") for part in operands.split(", ") if part]
-    yield _Instruction(name, shape, kind, names, attributes)
+  computation = ""
+  for line in _COMMENT.sub("", text).splitlines():
+    header = _COMPUTATION.match(line)
+    if header:
+      computation = header.group(1)
+    match = _INSTRUCTION.match(line)
+    if match:
+      name, shape, kind, operands, attributes = match.groups()
+      # Some programs write each operand with its shape in front of the name.
+      names = [part.split()[-1].lstrip("%") for part in operands.split(", ") if part]
+      yield _Instruction(computation, name, shape, kind, names, attributes)
 
 
 def _devices(attributes: str) -> int:
   shape = _GROUP_SHAPE.search(attributes)
   if shape:
     return int(shape.group(2))
+  axes = _GROUP_AXES.search(attributes)
+  if axes:
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes.group(1)))
+    return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes.group(2)))
   first = _FIRST_GROUP.search(attributes)
   return len(first.group(1).split(",")) if first and first.group(1) else 0

@@ -58,7 +58,7 @@ def extrapolated(fewer: Row, more: Row, layers: int) -> Row:
 
 def violations(rows: Iterable[Row]) -> list[str]:
   """Where the library's step takes more than the hand-written one may."""
-  by_key = {_key(each) + (each["method"],): each for each in rows}
+  by_key = {(*_key(each), each["method"]): each for each in rows}
   found = []
   for key, each in by_key.items():
     if each["method"] not in OURS:
