@@ -33,7 +33,8 @@ def row(cost: program.Cost) -> Row:
 def extrapolated(fewer: Row, more: Row, layers: int) -> Row:
   """The row of a network of that many layers, from two of its with fewer.
 
-  Each further layer is taken to add what the last ones added, to every number.
+  Each further layer is taken to add what the last ones added: to operations, bytes and
+  exchanges. Memory does not add up so, and is left out (None).
   """
   step = (layers - more["layers"]) / (more["layers"] - fewer["layers"])
 
@@ -41,7 +42,6 @@ def extrapolated(fewer: Row, more: Row, layers: int) -> Row:
     return b + (b - a) * step
 
   numbers = ("parameters", "parameter_bytes", "flops", "bytes_accessed")
-  numbers += ("temporary_bytes", "peak_bytes")
   kinds = fewer["collectives"].keys() | more["collectives"].keys()
   sums = {
       kind: line(*(sum(each["collectives"].get(kind, [])) for each in (fewer, more)))
@@ -49,6 +49,8 @@ def extrapolated(fewer: Row, more: Row, layers: int) -> Row:
   }
   return more | {
       **{name: line(fewer[name], more[name]) for name in numbers},
+      "temporary_bytes": None,
+      "peak_bytes": None,
       "layers": layers,
       "extrapolated_from": [fewer["layers"], more["layers"]],
       "collectives": {kind: [total] for kind, total in sums.items()},
@@ -68,6 +70,8 @@ def violations(rows: Iterable[Row]) -> list[str]:
       continue
     label = f"{each['part']}, {each['chips']} chips, {each['method']}"
     for name, ratio in ALLOWED.items():
+      if each[name] is None:
+        continue
       limit = ratio * by_hand[name]
       if name == "temporary_bytes":
         limit += SMALL_BYTES
@@ -113,8 +117,7 @@ def _one_table(rows: Sequence[Row]) -> str:
         each["method"],
         f"{each['flops']:.4g}",
         f"{each['bytes_accessed']:.4g}",
-        f"{each['temporary_bytes']:.4g}",
-        f"{each['temporary_bytes'] / each['parameter_bytes']:.3f}",
+        *_memory(each),
         " ".join(f"{len(v)} {k}" for k, v in each["collectives"].items()) or "none",
         f"{sum(map(sum, each['collectives'].values())):.4g}",
         str(sum(each[kind] for kind in program.LOOPS)),
@@ -124,12 +127,20 @@ def _one_table(rows: Sequence[Row]) -> str:
   return f"{_title(first)}\n\n{body}"
 
 
+def _memory(each: Row) -> list[str]:
+  if each["temporary_bytes"] is None:
+    return ["", ""]
+  copies = each["temporary_bytes"] / each["parameter_bytes"]
+  return [f"{each['temporary_bytes']:.4g}", f"{copies:.3f}"]
+
+
 def _ratios(each: Row, by_name: Mapping[str, Row]) -> list[str]:
   by_hand = by_name.get(each["by_hand"] or "")
   if by_hand is None:
     return [""] * len(ALLOWED)
   return [
-      f"{each[name] / by_hand[name]:.3f}" if by_hand[name] else "" for name in ALLOWED
+      f"{each[name] / by_hand[name]:.3f}" if by_hand[name] else ""
+      for name in ALLOWED
   ]
 
 
