@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -12,7 +13,9 @@ import time
 # What the others have, beyond the heartbeat's time, to say their error themselves.
 GRACE_SECONDS = 5
 POLL_SECONDS = 0.1
-LAST_LINES = 8
+LINES = 8
+# JAX's own log has E or F and the date; Python's errors say so.
+_ERROR = re.compile(r"^[EF]\d{4} |Error\b|\berror:")
 
 
 class Processes:
@@ -84,7 +87,7 @@ class Processes:
     return [process.wait() for process in self.running]
 
   def account(self) -> str:
-    """What became of each process, and the last that it said of a failure."""
+    """What became of each process, and what it said of a failure."""
     lines = []
     for index, process in enumerate(self.running):
       outcome = describe(process.wait())
@@ -92,7 +95,7 @@ class Processes:
         outcome = "did not end by itself, and was killed"
       lines.append(f"process {index} {outcome}")
       if process.wait():
-        lines += [f"  {line}" for line in last_words(self.log(index).read_text())]
+        lines += [f"  {line}" for line in reason(self.log(index).read_text())]
     return "\n".join(lines)
 
   def kill(self) -> None:
@@ -158,9 +161,15 @@ def said(log: str) -> list[str]:
   return [line for line in log.splitlines() if line and not line.startswith(noise)]
 
 
-def last_words(log: str) -> list[str]:
-  """The end of a log that says why the process failed."""
-  return said(log)[-LAST_LINES:]
+def reason(log: str) -> list[str]:
+  """The lines of a log that say why the process failed: of several errors, the first.
+
+  Those after it are of its consequences, such as a save that waits for a dead peer.
+  """
+  lines = said(log)
+  errors = [i for i, line in enumerate(lines) if _ERROR.search(line)]
+  start = errors[0] if errors else max(0, len(lines) - LINES)
+  return lines[start : start + LINES]
 
 
 def _without_launch(arguments: Sequence[str]) -> list[str]:
