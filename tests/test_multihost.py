@@ -99,6 +99,13 @@ def test_a_process_that_never_came_is_named(tmp_path, monkeypatch, capfd):
   assert "goes on from the last checkpoint" in printed
 
 
+def test_the_reason_is_the_first_error():
+  log = ["[Gloo] Rank 0", "steps 0 to 9", "E1125 12:00 1 is unhealthy", "F1125 ends"]
+  log += ["    @  frame"] + ["TimeoutError: of a barrier"] * 20
+  assert multihost_launch.reason("\n".join(log))[:2] == log[2:4]
+  assert multihost_launch.reason("one\ntwo") == ["one", "two"]
+
+
 def test_batch_must_divide(tmp_path):
   with pytest.raises(ValueError, match="batch_size=6 must be a multiple of the 4 dev"):
     multihost.train(tmp_path, jax.devices()[:4], batch_size=6)

@@ -1,4 +1,4 @@
-"""What a compiled step costs is read rightly; the pod's compiler, where there is one."""
+"""What a compiled step costs is read rightly; the pod's compiler, where it is there."""
 
 import json
 import os
@@ -130,7 +130,8 @@ def test_placement_is_along_the_first_axis_that_divides(mesh):
   specs = {name: tuple(leaf.sharding.spec) for name, leaf in placed.items()}
   assert specs["matrix"] == (None, compiler.AXIS)
   assert specs["both"] == (compiler.AXIS, None)
-  assert not any(specs["neither"]) and not any(specs["vector"])
+  assert not any(specs["neither"])
+  assert not any(specs["vector"])
   assert compiler.bytes_per_device(placed) == 4 * (12 + 16 + 15 + 8)
 
 
