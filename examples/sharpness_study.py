@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import tqdm
 
+import asam_jax
 from asam_jax import sharpness
 from examples import options
 from examples import records

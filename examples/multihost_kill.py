@@ -1,0 +1,158 @@
+"""Kills processes at random moments, and sees that the run loses nothing.
+
+    python -m examples.multihost_kill --times 20
+
+It runs the two processes of ``python -m examples.multihost`` to their end once. Then
+it starts them again and again in another directory, each time kills one of them
+(SIGKILL) at a random moment of the time that the first run took, and waits for the
+other to end: it must, with an error, within the heartbeat's time and five seconds. At
+last it lets the run come to its end, and compares the loss of every step with the
+undisturbed run's. Where a run is done before its process is killed, the next one starts
+afresh.
+"""
+
+import argparse
+from collections.abc import Sequence
+import json
+import pathlib
+import random
+import sys
+import time
+from typing import Any
+
+from examples import multihost_launch
+from examples.multihost_launch import Processes
+
+COUNT = 2
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+  """The options."""
+  parser = argparse.ArgumentParser(
+      prog="python -m examples.multihost_kill",
+      description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--times", type=int, default=20)
+  add("--seed", type=int, default=0, help="of the moments and of who is killed")
+  add("--steps", type=int, default=200)
+  add("--devices", type=int, default=4, help="of each process")
+  add("--heartbeat", type=int, default=10)
+  add("--directory", type=pathlib.Path, default=pathlib.Path("runs/multihost_kill"))
+  return parser.parse_args(arguments)
+
+
+def kill_one(
+    processes: Processes, victim: int, moment: float, limit: float
+) -> dict[str, Any]:
+  """Kills a process of a run, and waits until the others have ended.
+
+  Args:
+    processes: those of the run, just started.
+    victim: which is killed.
+    moment: the seconds to wait before.
+    limit: the seconds that the others have to end.
+
+  Returns:
+    What happened: ``done`` if all had ended well before, and otherwise ``seconds``
+    from the kill to the last one's end and the ``statuses`` and ``account`` of all.
+  """
+  time.sleep(moment)
+  killed = time.monotonic()
+  processes.running[victim].kill()
+  statuses = processes.wait(limit)
+  return {
+      "victim": victim,
+      "moment": round(moment, 2),
+      "done": not any(statuses),
+      "seconds": round(time.monotonic() - killed, 2),
+      "statuses": statuses,
+      "overdue": sorted(processes.overdue),
+      "account": processes.account(),
+  }
+
+
+def start(directory: pathlib.Path, options: Sequence[str], devices: int) -> Processes:
+  """The processes of a run in that directory, from its last checkpoint on."""
+  return Processes(
+      [*options, "--directory", str(directory)], COUNT, devices, directory
+  )
+
+
+def finish(
+    directory: pathlib.Path, options: Sequence[str], devices: int
+) -> list[float]:
+  """Lets a run come to its end, and returns the loss of each step."""
+  processes = start(directory, options, devices)
+  if any(processes.wait(60)):
+    raise RuntimeError(processes.account())
+  return json.loads((directory / "result.json").read_text())["losses"]
+
+
+def saved_step(directory: pathlib.Path) -> int:
+  """The last step of which there is a whole checkpoint."""
+  names = (directory / "checkpoints").glob("*")
+  return max((int(path.name) for path in names if path.name.isdigit()), default=0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Kills, resumes, compares; returns 0 if all held."""
+  options = parse(arguments)
+  limit = options.heartbeat + multihost_launch.GRACE_SECONDS
+  random_number = random.Random(options.seed)
+  root = options.directory / time.strftime("%Y%m%d-%H%M%S")
+  common = ["--steps", str(options.steps), "--heartbeat", str(options.heartbeat)]
+  started = time.monotonic()
+  expected = finish(root / "alone", common, options.devices)
+  duration = time.monotonic() - started
+  print(f"undisturbed, the run takes {duration:.1f} s", flush=True)
+
+  problems, runs = [], 0
+  directory = root / "run-0"
+
+  def compared() -> list[str]:
+    ours = finish(directory, common, options.devices)
+    difference = max(abs(a - b) for a, b in zip(ours, expected, strict=True))
+    text = f"{directory}: losses differ by {difference:.1e} from the undisturbed run's"
+    print(text, flush=True)
+    return [] if difference <= 1e-6 else [text]
+
+  records = (root / "kills.jsonl").open("w")
+  for turn in range(1, options.times + 1):
+    before = saved_step(directory)
+    processes = start(directory, common, options.devices)
+    try:
+      victim = random_number.randrange(COUNT)
+      moment = random_number.uniform(0, duration)
+      record = kill_one(processes, victim, moment, limit)
+    finally:
+      processes.kill()
+    record |= {"saved_before": before, "saved_after": saved_step(directory)}
+    records.write(json.dumps(record) + "\n")
+    records.flush()
+    survivor = record["statuses"][1 - victim]
+    print(
+        f"{turn}: process {victim} killed after {moment:.1f} s at step"
+        f" {record['saved_after']} (from {before}); all ended {record['seconds']} s"
+        f" later, the other with status {survivor}",
+        flush=True,
+    )
+    if record["saved_after"] < before:
+      problems.append(f"{turn}: saved steps were lost")
+    if record["seconds"] > limit + 1:
+      problems.append(f"{turn}: the other took {record['seconds']} s to end")
+    if not record["done"] and survivor == 0 and record["saved_after"] < options.steps:
+      problems.append(f"{turn}: the other process ended as if all were well")
+    if record["done"] or record["saved_after"] == options.steps:
+      problems += compared()
+      runs += 1
+      directory = root / f"run-{runs}"
+  problems += compared()
+  records.close()
+  print("\n".join(problems) or f"all held; {root}/kills.jsonl has the records")
+  return 1 if problems else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
