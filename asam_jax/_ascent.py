@@ -213,24 +213,28 @@ def _closed_form(leaves: _Leaves, rho: jax.Array, p: float):
       relative = jnp.where(total == 0, 1, total) ** (1 / q)
       unit = unit / relative
 
-  epsilons, found = [], False
+  epsilons, found = [], jnp.array(False)
   for w, (t, g, r, a, b) in zip(
       leaves.ws, _leaf_by_leaf(leaves, rho, h, unit, last=True), strict=True
   ):
-    share = g * a * t * b  # T g / ||T g||_q, but for q = 1
-    if q != 2:
+    if q == 2:
+      epsilon = g * a * t * (b * r) * t  # two of the T, and no power
+    else:
+      share = jnp.abs(g * a * t * b)  # |T g| / ||T g||_q, but for q = 1
       # An infinite gradient has no direction.
       sign = jnp.where(jnp.isinf(g), jnp.nan, jnp.sign(g))
       if q == 1:
-        share = sign
+        share = jnp.ones((), dtype)
       elif q == math.inf:
-        ties = jnp.abs(share) >= 1 - 4 * jnp.finfo(dtype).eps
-        first = _first(ties & ~jnp.asarray(found))
-        found = found | jnp.any(ties)
-        share = jnp.where(first, sign, 0 * share)  # 0 * NaN stays visible
+        # The passes may round T g differently, so equal is what is nearly so.
+        largest = share >= 1 - 4 * jnp.finfo(dtype).eps
+        first = _first(largest & ~found)
+        found = found | jnp.any(largest)
+        share = jnp.where(first, 1, 0 * share)  # 0 * NaN stays visible
       else:
-        share = sign * _power(jnp.abs(share), q - 1)
-    epsilons.append((r * t * share).astype(w.dtype))
+        share = _power(share, q - 1)
+      epsilon = r * t * sign * share
+    epsilons.append(epsilon.astype(w.dtype))
   return epsilons, size * relative / h / h
 
 

@@ -128,10 +128,17 @@ def layerwise(w: jax.Array, eta: Any) -> jax.Array:
 
 
 def _root_of_squares(w: jax.Array, axes: Any) -> jax.Array:
-  """||w||_2 along the axes, with slope 0 where it is zero in place of NaN."""
-  squares = jnp.sum(jnp.square(w), axis=axes, keepdims=axes is not None)
+  """||w||_2 along the axes, with slope 0 where it is zero in place of NaN.
+
+  It is taken relative to the largest entry, for squares leave the range early. The
+  result does not depend on that unit, nor do its derivatives.
+  """
+  keepdims = axes is not None
+  peak = jnp.max(jnp.abs(w), axis=axes, keepdims=keepdims, initial=0)
+  unit = jax.lax.stop_gradient(jnp.where(peak == 0, 1, peak))
+  squares = jnp.sum(jnp.square(w / unit), axis=axes, keepdims=keepdims)
   root = jnp.sqrt(jnp.where(squares == 0, 1, squares))
-  return jnp.where(squares == 0, 0, root)
+  return jnp.where(squares == 0, 0, unit * root)
 
 
 def none(w: jax.Array, eta: Any) -> float:
