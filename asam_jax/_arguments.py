@@ -102,8 +102,8 @@ def argnums(numbers: Any) -> Any:
   each = numbers if isinstance(numbers, (tuple, list)) and numbers else [numbers]
   if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in each):
     raise TypeError(
-        f"argnums={_shown(numbers)} must be an int or a sequence of ints, the numbers of"
-        " positional arguments. The radius is given by name: rho=0.5."
+        f"argnums={_shown(numbers)} must be an int or a sequence of ints, the numbers"
+        " of positional arguments. The radius is given by name: rho=0.5."
     )
   return numbers
 

@@ -348,7 +348,7 @@ def _in_range_jvp(squares, primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _power(x: jax.Array, exponent: float) -> jax.Array:
-  """x ** exponent for x >= 0; its derivatives at 0 are 0, where they may be inf."""
+  """X ** exponent for x >= 0; its derivatives at 0 are 0, where they may be inf."""
   if exponent > 0:
     return x**exponent
   return jnp.where(x == 0, 0, jnp.where(x == 0, 1, x) ** exponent)

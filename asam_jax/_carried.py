@@ -266,7 +266,7 @@ def _carried(
     init_ascent: Callable[..., Any],
     perturb: Callable[..., Any],
 ) -> optax.GradientTransformationExtraArgs:
-  """Perturbs by ``perturb(grads, steps, base, ascent, w, extra) -> (epsilon, ascent)``."""
+  """``perturb(grads, steps, base, ascent, w, extra) -> (epsilon, ascent)``."""
   base_tx = _two_passes.base(base_tx)
   if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
     raise TypeError(f"dtype={dtype!r} must be a real floating point type, or None.")

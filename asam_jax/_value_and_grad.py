@@ -214,7 +214,7 @@ def _stateless(state: Any) -> Any:
   if not all(map(is_known, leaves)):
     raise ValueError(
         "ascent=... keeps a state between steps, as optax.ema and subtract_ema do, but"
-        " a function transformation has none: use asam_jax.perturbed_gradient(ascent_tx)"
+        " a function transformation has none: use perturbed_gradient(ascent_tx)"
         " in the optimizer instead."
     )
   return jax.tree.unflatten(

@@ -314,7 +314,8 @@ def value_fn(
   """The ``value_fn`` for ``nnx.Optimizer.update``: the loss of :func:`grad_fn`.
 
   For :func:`asam_jax.adaptive_sam` with ``with_info=True``, which reports the loss at
-  the perturbed point: ``optimizer.update(model, grads, value=loss, value_fn=value_fn)``.
+  the perturbed point:
+  ``optimizer.update(model, grads, value=loss, value_fn=value_fn)``.
 
   Args:
     fun: as for :func:`grad_fn`; make it before the forward pass, too.

@@ -1,7 +1,8 @@
-"""Compositions that would compute something else than their reader thinks: all raise."""
+"""Compositions that compute something else than their reader thinks: all raise."""
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -84,7 +85,7 @@ def test_swapped_arguments():
     asam_jax.skip_nonfinite(link(), optax.sgd(0.1))
   with pytest.raises(TypeError, match="base_tx contains an ascent"):
     asam_jax.carried(asam_jax.ascent(), optax.sgd(0.1)).init(W)
-  with pytest.raises(TypeError, match="rho=.* must be one real number"):
+  with pytest.raises(TypeError, match=r"rho=.* must be one real number"):
     asam_jax.adaptive_sam(0.5, optax.sgd(0.1))  # pyright: ignore
 
 
@@ -144,7 +145,7 @@ def test_functions_as_arguments_under_inject_hyperparams(make):
   extra = {"grad_fn": jax.grad(loss)}
   got, state = injected.update(W, injected.init(W), W, **extra)
   expected, _ = plain.update(W, plain.init(W), W, **extra)
-  jax.tree.map(lambda a, b: jnp.allclose(a, b, rtol=1e-6) or pytest.fail(), got, expected)
+  chex.assert_trees_all_close(got, expected, rtol=1e-6)
   assert state.hyperparams["rho"] == jnp.float32(0.3)
 
 

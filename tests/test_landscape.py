@@ -94,7 +94,8 @@ def test_adaptive_direction_follows_the_weights():
 def test_perturb_keeps_leaves_fixed():
   params, _, _ = network()
   for kind in ("adaptive", "random", "filter"):
-    d = landscape.direction(kind, params, geometry=Geometry(perturb=asam_jax.is_not_bias))
+    geometry = Geometry(perturb=asam_jax.is_not_bias)
+    d = landscape.direction(kind, params, geometry=geometry)
     assert all((layer["bias"] == 0).all() for layer in d)
 
 
@@ -113,8 +114,9 @@ def test_surface_axes_and_rows():
   # Far apart slopes tell x from y.
   loss = lambda w: w[0] + 10 * w[1]
   ds = [jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])]
-  result = landscape.surface(loss, jnp.zeros(2), ds, 0.5, geometry=Geometry(1.0), extent=2,
-                             points=5)
+  result = landscape.surface(
+      loss, jnp.zeros(2), ds, 0.5, geometry=Geometry(1.0), extent=2, points=5
+  )
   x, y = np.meshgrid(result.x, result.y)
   np.testing.assert_allclose(result.values, 0.5 * (x + 10 * y), rtol=1e-6)
 

@@ -103,7 +103,7 @@ def test_a_loss_that_is_missing_raises(given):
   value, grads = value_and_gradient(W)
   extra = {"value": value, "grad_fn": jax.grad(loss), "value_fn": loss}
   extra = {name: extra[name] for name in given.split(", ")}
-  with pytest.raises(ValueError, match=r"losses of both passes: .* value=loss, value_fn"):
+  with pytest.raises(ValueError, match=r"losses of both passes: .* value_fn"):
     tx.update(grads, tx.init(W), W, **extra)
 
 

@@ -11,8 +11,8 @@ import pytest
 
 import asam_jax
 
-START = {"kernel": jnp.array([[1.0, -2.0], [0.5, 1.5]]), "bias": jnp.array([0.3, -0.2])}
-CURVATURE = {"kernel": jnp.array([[1.0, 2.0], [3.0, 1.0]]), "bias": jnp.array([1.0, 4.0])}
+START = {"bias": jnp.array([0.3, -0.2]), "kernel": jnp.array([[1.0, -2], [0.5, 1.5]])}
+CURVATURE = {"bias": jnp.array([1.0, 4]), "kernel": jnp.array([[1.0, 2], [3, 1]])}
 
 
 def loss(w):

@@ -135,7 +135,7 @@ def test_value_alone_and_diffstate():
     return pure(nnx.State({**whole, "head": head}))[0]
 
   expected = asam_jax.value_and_grad(loss_of_head, rho=RHO)(head)
-  value, grads = asam_jax.nnx.value_and_grad(fun, rho=RHO, argnums=only_head)(model, X, Y)
+  value, grads = asam_jax.nnx.value_and_grad(fun, only_head, rho=RHO)(model, X, Y)
   _, by_nnx = nnx.value_and_grad(fun, argnums=only_head)(twin, X, Y)
   assert jax.tree.structure(grads) == jax.tree.structure(by_nnx)
   got = (value, nnx.as_pure(grads)["head"])
@@ -163,7 +163,9 @@ def test_gradients_are_averaged_over_the_axis():
 
   def by_module(x, y):
     model = nnx.merge(graphdef, params, rest, copy=True)
-    fun = asam_jax.nnx.value_and_grad(loss_fn, rho=RHO, has_aux=True, axis_name="device")
+    fun = asam_jax.nnx.value_and_grad(
+        loss_fn, has_aux=True, rho=RHO, axis_name="device"
+    )
     return nnx.as_pure(fun(model, x, y)[1])
 
   def by_function(x, y):

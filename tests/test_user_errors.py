@@ -54,7 +54,7 @@ def test_an_nnx_module_in_the_plain_door():
   model = nnx.Sequential(
       nnx.Linear(3, 1, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(0))
   )
-  with pytest.raises(Exception) as error:  # noqa: B017, PT011  (JAX's affair which)
+  with pytest.raises(Exception) as error:  # noqa: PT011  (JAX's affair which)
     asam_jax.value_and_grad(lambda model: jnp.sum(model(jnp.ones((2, 3)))))(model)
   assert "asam_jax.nnx.value_and_grad" in notes(error)
 
@@ -75,7 +75,7 @@ def test_the_step_index_of_optax_contrib_sam():
 
 def test_flat_parameters():
   tx = optax.flatten(asam_jax.adaptive_sam(optax.sgd(0.1)))
-  with pytest.raises(Exception) as error:  # noqa: B017, PT011  (the loss's own)
+  with pytest.raises(Exception) as error:  # noqa: PT011  (the loss's own)
     tx.update(W, tx.init(W), W, grad_fn=jax.grad(loss))
   assert "optax.flatten" in notes(error)
 

@@ -193,7 +193,8 @@ def test_apply_if_finite():
   assert state.skipped == 1
   assert_same(run(tx), written_out(SGD))
   tx = optax.apply_if_finite(SGD, 3)
-  _, grads = jax.jit(asam_jax.value_and_grad(lambda w: loss(w) / 0.0, rho=RHO, eta=ETA))(W)
+  bad_loss = lambda w: loss(w) / 0.0  # noqa: E731
+  _, grads = jax.jit(asam_jax.value_and_grad(bad_loss, rho=RHO, eta=ETA))(W)
   updates, state = update_base(tx, W, tx.init(W), grads)
   assert (np.asarray(updates["kernel"]) == 0).all()
   assert state.total_notfinite == 1

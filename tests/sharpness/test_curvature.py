@@ -160,7 +160,7 @@ def test_works_under_jit_in_half_precision():
 
 def test_at_most_as_many_eigenvalues_as_there_are_weights_and_steps():
   find = functools.partial(sharpness.hessian_eigenvalues, jnp.sum, jnp.ones(2))
-  with pytest.raises(ValueError, match="k=3.*2 weights"):
+  with pytest.raises(ValueError, match=r"k=3.*2 weights"):
     find(3)
-  with pytest.raises(ValueError, match="k=2.*raise steps"):
+  with pytest.raises(ValueError, match=r"k=2.*raise steps"):
     find(2, steps=1)
