@@ -27,7 +27,8 @@ class AscentInfo(NamedTuple):
     gap: L(w + epsilon) - L(w), the sharpness that one ascent step finds.
     predicted_gap: rho ||T_w g||_q, the gap to first order: the ``sharpness`` of
       :class:`asam_jax.AscentState`.
-    gradient_norm: ||g||_2 of the gradient at w.
+    gradient_norm: ||g||_2 of the gradient at w; 0 below 1e-22 and inf above 1e19, for
+      its squares are summed in float32.
     normalized_gradient_norm: ||T_w g||_q, over the perturbed leaves.
     cosine: of the angle between the gradients at w and at w + epsilon; 0 if one of
       them is zero. For this the gradient at w is kept during the second pass, one
@@ -40,7 +41,8 @@ class AscentInfo(NamedTuple):
       clearly below 1, see :func:`asam_jax.stochastic_rounding`. (The radius may be
       near rho all the same, for rounding adds noise to what it leaves.)
     nonfinite_steps: the number of steps so far in which one of the two gradients
-      had a NaN or an inf, those that :func:`asam_jax.skip_nonfinite` skips, int32.
+      had a NaN or an inf (or a norm above 1e19), int32. :func:`asam_jax.skip_nonfinite`
+      skips those with a NaN or an inf.
       ``value_and_grad`` has no state and counts its own step only.
   """
 
@@ -75,8 +77,9 @@ def measured(geometry: _g.Geometry, passes: Any, plain: bool) -> AscentInfo:
   ascent = ascent_state(passes.ascent)
   sharpness, dual_norm = ascent.sharpness, ascent.dual_norm
   clean, perturbed = passes.clean.grads, passes.perturbed.grads
+  # One plain sum each: every further pass over a gradient would be a twentieth of all
+  # that a small network's step reads.
   length, other = (jnp.sqrt(_trees.dot(g, g)) for g in (clean, perturbed))
-  finite = _trees.all_finite((clean, perturbed))
   if plain and not _is_coarse(geometry, passes.params):  # nothing is lost to rounding
     moved = dual_norm != 0
     radius = jnp.where(moved, sharpness / jnp.where(moved, dual_norm, 1), 0)
@@ -95,7 +98,7 @@ def measured(geometry: _g.Geometry, passes: Any, plain: bool) -> AscentInfo:
       cosine=_ratio(_ratio(_trees.dot(clean, perturbed), length), other),
       radius=radius,
       kept_share=kept_share,
-      nonfinite_steps=jnp.where(finite, 0, 1).astype(jnp.int32),
+      nonfinite_steps=jnp.where(jnp.isfinite(length + other), 0, 1).astype(jnp.int32),
   )
 
 
