@@ -125,7 +125,8 @@ def test_in_shard_map(accelerated, spelling, check, p):
   mesh = jax.sharding.Mesh(np.array(devices), ("d",))
   rows, whole = PartitionSpec("d"), PartitionSpec()
   rng = np.random.default_rng(0)
-  grads = {"a": jnp.asarray(rng.normal(size=(2, 3)), jnp.float32), "b": jnp.ones((2, 1))}
+  a = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+  grads = {"a": a, "b": jnp.ones((2, 1))}
   params = {"a": jnp.ones((1, 3)), "b": jnp.full((1, 1), 2.0)}
 
   def local(grads, params):

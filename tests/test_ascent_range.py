@@ -177,7 +177,7 @@ def test_held_weight_under_a_huge_gradient():
 
 @pytest.mark.parametrize("masked", [1e30, float(jnp.finfo(jnp.float32).max)])
 def test_huge_weights_beside_vanishing_gradients(masked):
-  # A constant such as a mask's -1e30 has no gradient, but 2^80 times it is inf times zero.
+  # A constant such as a mask's -1e30 has no gradient, and 2^80 times it is inf.
   w, scales = jnp.array([-masked, 1.0, -2.0]), (1e-10, 1e-15, 1e-30, 0.0)
   tx = asam_jax.ascent(0.5, 0.01)
   update = jax.jit(tx.update)
