@@ -165,6 +165,14 @@ def from_geometry(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def perturbation(
+    grads: optax.Updates, params: optax.Params, geometry: _g.Geometry, rho: Any
+) -> optax.Updates:
+  """The perturbation of one ascent alone, for measures."""
+  tx = from_geometry(rho, geometry)
+  return tx.update(grads, tx.init(params), params)[0]
+
+
 @functools.partial(
     jtu.register_dataclass,
     data_fields=["ws", "gs", "eta", "kept"],
@@ -317,20 +325,25 @@ def _in_range(leaves: _Leaves, squares: bool) -> tuple[jax.Array, jax.Array]:
     back = jnp.where((h > 1) & too_large, 0.5, 0)
     return size, h, jnp.where(h == 1, other, back).astype(dtype)
 
-  def in_one_pass(_):
+  def goes_on(carry):
+    return carry[-1] > 0
+
+  def in_one_pass(start):
     one, up, down = _sizes(leaves, squares, *jnp.array([1, big, small], dtype))
     is_up, is_down = (one < lowest) & (up <= highest), ~(one <= highest)
     size = jnp.where(is_up, up, jnp.where(is_down, down, one))
     h = jnp.where(is_up, big, jnp.where(is_down, small, 1)).astype(dtype)
-    return size, h, jnp.zeros_like(h)
+    return size, h, start[0]
 
-  # A loop under shard_map wants its start to vary over the mesh as its results do.
+  # Under shard_map a loop's start must vary over the mesh where its results do, so
+  # the zero is an empty sum over the leaves.
   zero = jnp.zeros((), dtype)
-  for x in (*leaves.ws, *leaves.gs):
-    zero = zero + lax.full_like(x, 0, dtype, ())
+  for w, g in zip(leaves.ws, leaves.gs, strict=True):
+    nothing = jnp.atleast_1d(w)[:0] * jnp.atleast_1d(g)[:0]
+    zero = zero + jnp.sum(nothing, dtype=dtype)
   size, h, _ = lax.platform_dependent(
       (zero, zero, zero + 1),
-      cpu=functools.partial(lax.while_loop, lambda carry: carry[2] > 0, turn),
+      cpu=functools.partial(lax.while_loop, goes_on, turn),
       default=in_one_pass,
   )
   # Not finite: NaN everywhere, for x / inf would silently spare the finite leaves.
@@ -348,7 +361,7 @@ def _in_range_jvp(squares, primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _power(x: jax.Array, exponent: float) -> jax.Array:
-  """X ** exponent for x >= 0; its derivatives at 0 are 0, where they may be inf."""
+  """The power of x >= 0; its derivatives at 0 are 0, where they may be inf."""
   if exponent > 0:
     return x**exponent
   return jnp.where(x == 0, 0, jnp.where(x == 0, 1, x) ** exponent)

@@ -169,7 +169,7 @@ def resolve_operator(normalization: Normalization) -> Operator:
 
 
 def built_in(operator: Operator) -> str | None:
-  """The name here of an operator or of what it is a partial of; None if it is yours."""
+  """The name of one of our operators or partials of them; None if it is yours."""
   function = operator.func if isinstance(operator, functools.partial) else operator
   names = [name for name, known in _OPERATORS.items() if known is function]
   return names[0] if names else None

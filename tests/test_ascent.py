@@ -278,3 +278,59 @@ def test_derivatives_through_the_perturbation(p):
       numeric = (fun(*up) - fun(*down)) / (2 * step)
       reverse = np.sum(gradient * direction)
       np.testing.assert_allclose(reverse, numeric, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_derivatives_where_something_is_zero(p, operator):
+  """A dead ReLU's gradient, a filter that is zero, a leaf that is."""
+  with problems.enable_x64(True):
+    rng = np.random.default_rng(0)
+    w, g, c = rng.normal(size=(3, 3, 2, 4, 3))
+    w[..., 1] = 0  # a filter
+    g[0, 0] = 0
+    params = [w, np.zeros((2, 3, 2)), np.ones(2)]
+    grads = [g, rng.normal(size=(2, 3, 2)), np.zeros(2)]
+
+    @jax.jit
+    def fun(params, grads):
+      tx = asam_jax.ascent(0.3, 0.1, p, normalization=operator)
+      epsilon, state = tx.update(grads, tx.init(params), params)
+      weights = [jnp.asarray(c), 0.5, 2.0]
+      sums = [jnp.sum(a * jnp.sin(e)) for a, e in zip(weights, epsilon, strict=True)]
+      return sum(sums) + state.sharpness
+
+    slopes = jax.jit(jax.grad(fun, (0, 1)))(params, grads)
+    curvature = jax.jit(
+        lambda: jax.jvp(jax.grad(fun, (0, 1)), (params, grads), (params, grads))[1]
+    )()
+    for slope in jax.tree.leaves((slopes, curvature)):
+      assert np.isfinite(slope).all()
+    # Along what leaves the zeros as they are: a dead unit's gradient stays zero, and
+    # |w| has no slope at zero.
+    for index, tree in enumerate((params, grads)):
+      direction = [rng.normal(size=x.shape) * (x != 0) for x in tree]
+      moved = lambda s, index=index, d=direction: fun(*[  # noqa: E731
+          [x + s * v for x, v in zip(one, d, strict=True)] if i == index else one
+          for i, one in enumerate((params, grads))
+      ])
+      numeric = (moved(1e-6) - moved(-1e-6)) / 2e-6
+      exact = sum(
+          np.sum(a * b) for a, b in zip(slopes[index], direction, strict=True)
+      )
+      np.testing.assert_allclose(exact, numeric, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("p", [1.01, 1.999, 2.001, 50, 1e9])
+def test_exponents_at_the_borders(p):
+  params, grads = random_tree(6, (jnp.float32,))
+  tx = asam_jax.ascent(0.3, 0.1, p)
+  epsilon, state = jax.jit(tx.update)(grads, tx.init(params), params)
+  expected, sharpness = problems.oracle_perturbation(
+      jax.tree.leaves(grads), factors(params, 0.1, "elementwise"), 0.3, p
+  )
+  # Next to p = 1, the power of a hundred magnifies each rounding.
+  rtol = 2e-5 if p > 1.1 else 1e-4
+  for got, want in zip(jax.tree.leaves(epsilon), expected, strict=True):
+    np.testing.assert_allclose(got, want, rtol=rtol, atol=1e-30)
+  np.testing.assert_allclose(state.sharpness, sharpness, rtol=2e-5)

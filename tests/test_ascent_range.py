@@ -147,16 +147,16 @@ def test_products_beyond_the_range(p, normalization):
 
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3])
 def test_where_the_range_ends(p):
-  w, g = [1.0, 2.0], [0.6, 0.4]
+  w, g = np.array([[1.0, 2.0], [0.6, 0.4]])
   (expected,), _ = problems.oracle_perturbation([g], [w], 0.5, p)
   for size_w, size_g in ((1e-20, 1e-20), (1e25, 1e24)):
-    epsilon, _ = perturbation(np.multiply(size_w, w), np.multiply(size_g, g), p)
+    epsilon, _ = perturbation(size_w * w, size_g * g, p)
     np.testing.assert_allclose(epsilon / size_w, expected, rtol=2e-5)
   # Below 1e-48 a gradient counts as zero, above 1e51 as infinite.
-  epsilon, state = perturbation(np.multiply(1e-25, w), np.multiply(1e-25, g), p)
+  epsilon, state = perturbation(1e-25 * w, 1e-25 * g, p)
   assert (epsilon == 0).all()
   assert state.dual_norm == 0
-  epsilon, state = perturbation(np.multiply(1e26, w), np.multiply(1e26, g), p)
+  epsilon, state = perturbation(1e26 * w, 1e26 * g, p)
   assert np.isnan(epsilon).all()
   assert np.isnan(state.dual_norm)
 
@@ -177,7 +177,7 @@ def test_held_weight_under_a_huge_gradient():
 
 @pytest.mark.parametrize("masked", [1e30, float(jnp.finfo(jnp.float32).max)])
 def test_huge_weights_beside_vanishing_gradients(masked):
-  # A mask's -1e30 has no gradient, but 2^80 times it would be inf times zero.
+  # A constant such as a mask's -1e30 has no gradient, and 2^80 times it is inf.
   w, scales = jnp.array([-masked, 1.0, -2.0]), (1e-10, 1e-15, 1e-30, 0.0)
   tx = asam_jax.ascent(0.5, 0.01)
   update = jax.jit(tx.update)

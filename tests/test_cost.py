@@ -61,25 +61,10 @@ def test_second_step_does_not_compile(method):
   assert len(traces) == 1
 
 
-@pytest.mark.parametrize("p", [1, 2, 3, math.inf])
-def test_second_update_does_not_compile_without_jit(p, caplog):
-  tx = asam_jax.ascent(0.5, 0.01, p)
-  # A shape of its own: no other test has compiled it.
-  params = {"w": jnp.arange(21.0).reshape(7, 1, 3), "bias": jnp.ones(11)}
-  state = tx.init(params)
-  with jax.log_compiles():
-    _, state = tx.update(params, state, params)
-    assert "Compiling" in caplog.text
-    caplog.clear()
-    tx.update(params, state, params)
-  assert "Compiling" not in caplog.text
-
-
-@pytest.mark.parametrize("leaves", [5, 500])
-def test_perturbation_alone(leaves):
-  """100 M parameters: no temporary, a dozen FLOPs each."""
-  tx = asam_jax.ascent(0.5, 0.01)
-  leaf = jax.ShapeDtypeStruct((100_000 // leaves, 1000), jnp.float32)
+def perturbation_cost(leaves, dtype, p=2, normalization="elementwise"):
+  """Of 100 M parameters: (bytes of temporaries over theirs, FLOPs each)."""
+  tx = asam_jax.ascent(0.5, 0.01, p, normalization=normalization)
+  leaf = jax.ShapeDtypeStruct((100_000 // leaves, 10, 100), dtype)
   ws = [leaf] * leaves
 
   def perturb(ws, gs):
@@ -87,5 +72,46 @@ def test_perturbation_alone(leaves):
 
   compiled = jax.jit(perturb, donate_argnums=1).lower(ws, ws).compile()
   cost = timing.compiled_cost(compiled)
-  assert cost["temporary_bytes"] <= 0.005 * 4 * 100_000_000
-  assert cost["flops"] <= 12.1 * 100_000_000
+  held = 100_000_000 * jnp.dtype(dtype).itemsize
+  return cost["temporary_bytes"] / held, cost["flops"] / 100_000_000
+
+
+@pytest.mark.parametrize("normalization", ["elementwise", "filterwise", "none"])
+@pytest.mark.parametrize("leaves", [5, 500])
+def test_perturbation_alone(leaves, normalization):
+  """No temporary, a dozen FLOPs each."""
+  held, flops = perturbation_cost(leaves, jnp.float32, 2, normalization)
+  assert held <= 0.005
+  assert flops <= (14.1 if normalization == "filterwise" else 13.1)
+
+
+# A filter's norm in bfloat16 is left out: XLA:CPU holds what two reductions widen.
+@pytest.mark.parametrize("normalization", ["elementwise", "none"])
+def test_perturbation_of_bfloat16_is_not_held_wider(normalization):
+  held, _ = perturbation_cost(5, jnp.bfloat16, 2, normalization)
+  assert held <= 0.2
+
+
+@pytest.mark.parametrize("p", [3, math.inf])
+def test_perturbation_holds_little_at_other_exponents(p):
+  # One leaf of five at most, for what XLA does with the exponent.
+  held, _ = perturbation_cost(5, jnp.float32, p)
+  assert held <= 0.21
+
+
+@pytest.mark.parametrize("method", BY_HAND)
+def test_bfloat16_step_has_the_memory_of_the_one_by_hand(method):
+  problem = networks.problem("mlp", 64)
+  narrow = lambda x: jax.ShapeDtypeStruct(  # noqa: E731
+      x.shape, jnp.bfloat16 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+  )
+  params = jax.tree.map(narrow, jax.eval_shape(problem.init))
+  batch = jax.tree.map(narrow, problem.batch)
+  methods = steps.steps(problem.loss)
+  held, by_hand = (
+      timing.compiled_cost(steps.compile_step(methods[name], params, batch))[
+          "temporary_bytes"
+      ]
+      for name in (method, BY_HAND[method])
+  )
+  assert held <= 1.15 * by_hand

@@ -113,7 +113,7 @@ def _needed(kind: str, loss: Any) -> Callable[[Any], Any]:
 
 def _steepest(loss, params: Any, geometry: Geometry) -> Any:
   grads = jax.grad(loss, allow_int=True)(params)
-  return _ascent.perturbation(grads, params, geometry, 1.0)[0]
+  return _ascent.perturbation(grads, params, geometry, 1.0)
 
 
 def _normal(coordinates: Coordinates, key: PRNGKeyArray) -> Any:

@@ -44,4 +44,4 @@ def uniform(coordinates: Coordinates, key: jax.Array, rho: Any, p: float) -> Del
 def steepest(grads: Delta, length: Any, p: float) -> Any:
   """The maximizer of <grads, d> over ||d||_p <= length: the ascent with T = 1."""
   plain = Geometry(eta=0, p=p, normalization="none")
-  return _ascent.perturbation(grads, grads, plain, length)[0]
+  return _ascent.perturbation(grads, grads, plain, length)

@@ -175,7 +175,7 @@ def _check(method: Any, p: float, steps: Any, restarts: Any) -> None:
 def _one_step(loss, coordinates: Coordinates, rho, geometry: Geometry) -> WorstCase:
   params, dtype = coordinates.params, coordinates.dtype
   clean, grads = jax.value_and_grad(loss, allow_int=True)(params)
-  epsilon = _ascent.perturbation(grads, params, geometry, rho)[0]
+  epsilon = _ascent.perturbation(grads, params, geometry, rho)
   moved = optax.apply_updates(params, epsilon)
   value = jnp.asarray(loss(moved), dtype) - jnp.asarray(clean, dtype)
   return WorstCase(value, epsilon, value[None, None])
