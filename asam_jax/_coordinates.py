@@ -74,9 +74,9 @@ class Coordinates:
     # Leaf by leaf, so that each device draws its part of a sharded leaf; parts of one
     # long draw would have to be sent to where they belong.
     keys = jax.random.split(key, len(self.weights))
-    return [
-        draw(keys[i], w.shape, self.dtype) for i, w in enumerate(self.weights)
-    ]
+    draws = [draw(keys[i], w.shape, self.dtype) for i, w in enumerate(self.weights)]
+    # The sum has the weight's layout on a mesh with explicit axes, too.
+    return [zero + x for zero, x in zip(self.zeros(), draws, strict=True)]
 
   def epsilon(self, delta: Delta) -> Any:
     """T delta as a perturbation: the structure and dtypes of params."""

@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
-import optax
 
 from asam_jax import _ascent
 from asam_jax import _trees
@@ -27,7 +27,36 @@ def project(delta: Delta, rho: Any, p: float) -> Delta:
     length = _trees.norm(delta, 2)
     factor = jnp.where(length > rho, rho / jnp.where(length > rho, length, 1), 1)
     return [d * factor for d in delta]
-  return optax.projections.projection_l1_ball(delta, rho)
+  return _project_onto_diamond(delta, rho)
+
+
+def _project_onto_diamond(delta: Delta, rho: Any) -> Delta:
+  """For p = 1: every entry moves towards 0 by the same t, and no further than 0.
+
+  t solves sum(max(|d| - t, 0)) = rho. By Newton's method, which ends at the exact root
+  since the sum is convex and piecewise linear in t. It needs sums alone, where sorting
+  the entries would gather leaves that are sharded.
+  """
+  rho = jnp.asarray(rho, delta[0].dtype)
+  inside = _trees.norm(delta, 1) <= rho
+  sizes = [jnp.abs(d) for d in delta]
+
+  def newton(mask_of, sizes):
+    masks = [mask_of(a) for a in sizes]
+    count = sum(jnp.sum(mask).astype(rho.dtype) for mask in masks)
+    total = _trees.total_of([a * m for a, m in zip(sizes, masks, strict=True)])
+    return (total - rho) / jnp.maximum(count, 1), count
+
+  def step(carry):
+    t, count, _ = carry
+    closer, fewer = newton(lambda a: a > t, lax.stop_gradient(sizes))
+    return closer, fewer, fewer < count
+
+  start = (*newton(jnp.ones_like, lax.stop_gradient(sizes)), True)
+  t, *_ = lax.while_loop(lambda carry: carry[2], step, lax.stop_gradient(start))
+  t, _ = newton(lambda a: a > t, sizes)  # once more, for the slope
+  moved = [jnp.sign(d) * jnp.maximum(a - t, 0) for d, a in zip(delta, sizes, strict=True)]
+  return [jnp.where(inside, d, m) for d, m in zip(delta, moved, strict=True)]
 
 
 def uniform(coordinates: Coordinates, key: jax.Array, rho: Any, p: float) -> Delta:
