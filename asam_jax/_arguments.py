@@ -254,7 +254,9 @@ def leaves(
     if moves and not is_float(w):
       raise TypeError(
           f"params{jtu.keystr(path)} has dtype {dtype_of(w)}, which can't be perturbed;"
-          " leave it out of params or out of perturb."
+          " leave it out of params or out of perturb. (A Flax NNX module belongs in"
+          " asam_jax.nnx.value_and_grad; of an Equinox module take what"
+          " eqx.partition(model, eqx.is_inexact_array) gives.)"
       )
   return [
       (path, w, *bools)
