@@ -246,12 +246,28 @@ def leaves(
           " a pytree of arrays. Of an Equinox module, differentiate the first part of"
           " eqx.partition(model, eqx.is_inexact_array)."
       )
-  normalized = _bools("normalize", normalize, pairs, treedef)
-  perturbed = [True] * len(pairs)
-  if perturb is not None:
-    perturbed = _bools("perturb", perturb, pairs, treedef)
-  for (path, w), moves in zip(pairs, perturbed, strict=True):
-    if moves and not is_float(w):
+  chosen = []
+  for argument, given in (("normalize", normalize), ("perturb", perturb)):
+    given = _DEFAULTS[argument] if given is None else given
+    # An Equinox module of bools is callable too, so its leaves decide.
+    bools = jtu.tree_leaves(given)
+    if callable(given) and not all(isinstance(x, bool) for x in bools):
+      bools = [given(path, w) for path, w in pairs]
+    elif jtu.tree_structure(given) != treedef:
+      raise ValueError(
+          f"{argument} has the structure {jtu.tree_structure(given)}, but the"
+          f" parameters have {treedef}; give a pytree of bools with one bool for"
+          " each parameter leaf, or a predicate (path, leaf) -> bool."
+      )
+    for (path, _), value in zip(pairs, bools, strict=True):
+      if not (isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_):
+        raise TypeError(
+            f"{argument} is {_shown(value)} for {jtu.keystr(path)}; it must be a bool"
+            " for every leaf."
+        )
+    chosen.append([bool(value) for value in bools])
+  for (path, w), perturbed in zip(pairs, chosen[1], strict=True):
+    if perturbed and not is_float(w):
       raise TypeError(
           f"params{jtu.keystr(path)} has dtype {dtype_of(w)}, which can't be perturbed;"
           " leave it out of params or out of perturb. (A Flax NNX module belongs in"
@@ -260,30 +276,8 @@ def leaves(
       )
   return [
       (path, w, *bools)
-      for (path, w), *bools in zip(pairs, normalized, perturbed, strict=True)
+      for (path, w), *bools in zip(pairs, *chosen, strict=True)
   ]
-
-
-def _bools(argument: str, chosen: Any, pairs: Any, treedef: Any) -> list[bool]:
-  """One bool for each leaf, from a predicate or a pytree of bools."""
-  chosen = is_not_bias if chosen is None else chosen
-  # An Equinox module of bools is callable too, so its leaves decide.
-  bools = jtu.tree_leaves(chosen)
-  if callable(chosen) and not all(isinstance(x, bool) for x in bools):
-    bools = [chosen(path, leaf) for path, leaf in pairs]
-  elif jtu.tree_structure(chosen) != treedef:
-    raise ValueError(
-        f"{argument} has the structure {jtu.tree_structure(chosen)}, but the"
-        f" parameters have {treedef}; give a pytree of bools with one bool for"
-        " each parameter leaf, or a predicate (path, leaf) -> bool."
-    )
-  for (path, _), value in zip(pairs, bools, strict=True):
-    if not (isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_):
-      raise TypeError(
-          f"{argument} is {_shown(value)} for {jtu.keystr(path)}; it must be a bool"
-          " for every leaf."
-      )
-  return [bool(value) for value in bools]
 
 
 # The name of a bias, and how many of its axes may be longer than 1.
@@ -336,6 +330,9 @@ def is_not_bias(path: Any, leaf: Any) -> bool:
   return not any(
       pattern.fullmatch(name) and long_axes <= most for pattern, most in _BIASES
   )
+
+
+_DEFAULTS = {"normalize": is_not_bias, "perturb": lambda path, leaf: True}
 
 
 def is_concrete(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """The ascent: from a gradient to the perturbation. The only home of the formula."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -114,6 +115,7 @@ def from_geometry(
 ) -> optax.GradientTransformationExtraArgs:
   """:func:`ascent` in a geometry that is there already."""
   rho = _arguments.scalar_or_schedule("rho", rho)
+  stabilizer = _arguments.scalar_or_schedule("eta", geometry.eta)
 
   def init_fn(params: optax.Params) -> AscentState:
     zero = jnp.zeros((), _g.sum_dtype(geometry.rules(params)))
@@ -126,31 +128,37 @@ def from_geometry(
           "params=None: the perturbation depends on the parameters; call"
           " update(grads, state, params, ...)."
       )
-    now = geometry.at(state.count)
-    rules = now.rules(params)
+    rules = geometry.rules(params)
     _arguments.tree_like("the gradient", updates, params)
-    dtype = _g.sum_dtype(rules)
-    radius = jnp.asarray(rho(state.count) if callable(rho) else rho, dtype)
-
-    ws, treedef = jtu.tree_flatten(params)
+    dtype = state.dual_norm.dtype
+    radius, eta = (
+        jnp.asarray(value(state.count) if callable(value) else value, dtype)
+        for value in (rho, stabilizer)
+    )
+    leaves_of_params, treedef = jtu.tree_flatten(params)
+    ws = [jnp.asarray(w) for w in leaves_of_params]
     gs = jtu.tree_leaves(updates)
     chosen = [i for i, rule in enumerate(rules) if rule.perturbed and jnp.size(ws[i])]
     leaves = _Leaves(
         tuple(rules[i]._replace(leaf=None) for i in chosen),
-        [jnp.asarray(ws[i]) for i in chosen],
+        geometry.is_built_in,
+        [ws[i] for i in chosen],
         [jnp.asarray(gs[i]) for i in chosen],
-        jnp.asarray(now.eta, dtype),
+        eta,
     )
     # Without jit around the step, a loop would compile at every call. In a compiled
     # step this is inlined, and changes nothing. Operators of the user's own stay out:
     # a compiled one would not see that what it reads has changed.
-    ours = all(_g.built_in(rule.operator) for rule in leaves.rules)
-    closed_form = _compiled_closed_form if ours else _closed_form
-    epsilons, norm = closed_form(leaves, radius, now.p)
+    closed_form = _compiled_closed_form if leaves.built_in else _closed_form
+    epsilons, norm = [], jnp.zeros((), dtype)
+    if chosen:
+      epsilons, norm = closed_form(leaves, radius, geometry.p)
 
-    result = [jnp.zeros_like(w) for w in ws]
-    for i, epsilon in zip(chosen, epsilons, strict=True):
-      result[i] = epsilon
+    moved = dict(zip(chosen, epsilons, strict=True))
+    result = [
+        moved[i].astype(w.dtype) if i in moved else jnp.zeros_like(w)
+        for i, w in enumerate(ws)
+    ]
     # A norm beyond the range is inf, and 0 times that would be NaN.
     sharpness = jnp.where((radius == 0) & jnp.isinf(norm), 0, radius * norm)
     count = state.count  # None where there are no steps, as in a function door
@@ -158,8 +166,8 @@ def from_geometry(
       count = jnp.asarray(optax.safe_increment(count))
     return jtu.tree_unflatten(treedef, result), AscentState(
         count,
-        sharpness.astype(state.sharpness.dtype),
-        norm.astype(state.dual_norm.dtype),
+        sharpness,
+        norm,
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -176,7 +184,7 @@ def perturbation(
 @functools.partial(
     jtu.register_dataclass,
     data_fields=["ws", "gs", "eta", "kept"],
-    meta_fields=["rules"],
+    meta_fields=["rules", "built_in"],
 )
 @dataclasses.dataclass(frozen=True)
 class _Leaves:
@@ -188,6 +196,7 @@ class _Leaves:
   """
 
   rules: tuple[_g.LeafRule, ...]
+  built_in: bool  # whether all operators are ours
   ws: list[jax.Array]
   gs: list[jax.Array]
   eta: jax.Array
@@ -209,40 +218,38 @@ def _closed_form(leaves: _Leaves, rho: jax.Array, p: float):
   # With x = h T g h, where h keeps x in range: ||x||_q is size times relative.
   relative, h, unit = jnp.ones((), dtype), jnp.ones((), dtype), jnp.ones((), dtype)
   if q == 1:
-    size = sum(jnp.sum(jnp.abs(t * g)) for t, g in _leaf_by_leaf(leaves))
+    size = sum(_each_leaf(leaves, lambda t, g: jnp.sum(jnp.abs(t * g))))
   else:
     size, h = _in_range(leaves, q == 2)
     unit = jnp.where(size == 0, 0, h / jnp.where(size == 0, 1, size))
     if q not in (2, math.inf):
-      total = sum(
-          jnp.sum(_power(jnp.abs(g * a * t * b), q))
-          for t, g, a, b in _leaf_by_leaf(leaves, h, unit)
-      )
+      powers = lambda t, g, a, b: jnp.sum(_power(jnp.abs(g * a * t * b), q))  # noqa: E731
+      total = sum(_each_leaf(leaves, powers, h, unit))
       relative = jnp.where(total == 0, 1, total) ** (1 / q)
       unit = unit / relative
 
-  epsilons, found = [], jnp.array(False)
-  for w, (t, g, r, a, b) in zip(
-      leaves.ws, _leaf_by_leaf(leaves, rho, h, unit, last=True), strict=True
-  ):
-    if q == 2:
-      epsilon = g * a * t * (b * r) * t  # two of the T, and no power
-    else:
-      share = jnp.abs(g * a * t * b)  # |T g| / ||T g||_q, but for q = 1
-      # An infinite gradient has no direction.
-      sign = jnp.where(jnp.isinf(g), jnp.nan, jnp.sign(g))
-      if q == 1:
-        share = jnp.ones((), dtype)
-      elif q == math.inf:
-        # The passes may round T g differently, so equal is what is nearly so.
-        largest = share >= 1 - 4 * jnp.finfo(dtype).eps
-        first = _first(largest & ~found)
-        found = found | jnp.any(largest)
-        share = jnp.where(first, 1, 0 * share)  # 0 * NaN stays visible
-      else:
-        share = _power(share, q - 1)
-      epsilon = r * t * sign * share
-    epsilons.append(epsilon.astype(w.dtype))
+  # At p = 2 without a power: rho T^2 g / ||T g||, with unit = h / ||h T g h||.
+  euclidean = lambda t, g, r, a, b: g * a * t * (b * r) * t  # noqa: E731
+
+  def epsilon(t, g, r, a, b):
+    share = jnp.abs(g * a * t * b)  # |T g| / ||T g||_q, but for q = 1
+    # An infinite gradient has no direction.
+    direction = r * t * jnp.where(jnp.isinf(g), jnp.nan, jnp.sign(g))
+    if q == 1:
+      return direction
+    if q == math.inf:
+      # The passes may round T g differently, so equal is what is nearly so. The
+      # first one of each leaf; 0 * NaN stays visible.
+      first = _first(share >= 1 - 4 * jnp.finfo(dtype).eps)
+      return direction * jnp.where(first, 1, 0 * share), jnp.any(first)
+    return direction * _power(share, q - 1)
+
+  one = euclidean if q == 2 else epsilon
+  epsilons = _each_leaf(leaves, one, rho, h, unit, last=True)
+  if q == math.inf:  # the first leaf of all that has one
+    found = jnp.array(False)
+    for i, (one, here) in enumerate(epsilons):
+      epsilons[i], found = jnp.where(found, 0 * one, one), found | here
   return epsilons, size * relative / h / h
 
 
@@ -256,8 +263,10 @@ def _barrier_jvp(primals, tangents):
   return _barrier(*primals), tangents[0]
 
 
-def _leaf_by_leaf(leaves: _Leaves, *scalars: jax.Array, last: bool = False):
-  """One pass over the leaves: (T, g, *scalars) of each, in the dtype of sums.
+def _each_leaf(
+    leaves: _Leaves, fun: Callable[..., Any], *scalars: jax.Array, last: bool = False
+) -> list[Any]:
+  """One pass: ``fun(T, g, *scalars)`` of each leaf, in the dtype of sums.
 
   The barriers keep XLA from merging the passes, for it would write T g to memory in
   between. Each leaf has one of its own, with its own eta and scalars: one for all of
@@ -265,15 +274,24 @@ def _leaf_by_leaf(leaves: _Leaves, *scalars: jax.Array, last: bool = False):
   to memory at a leaf's size. Nothing wider than the leaves crosses a pass.
   """
   dtype = leaves.eta.dtype
-  for rule, w, g, kept in zip(
-      leaves.rules, leaves.ws, leaves.gs, leaves.kept, strict=True
-  ):
+
+  def of_leaf(rule, w, g, kept):
     if last:
       eta, *own = _barrier((leaves.eta, *scalars))
     else:
       w, g, eta, *own = _barrier((w, g, leaves.eta, *scalars))
     t = rule.factor(w.astype(dtype), eta) if kept is None else kept
-    yield t, g.astype(dtype), *own
+    return fun(t, g.astype(dtype), *own)
+
+  # Leaves that are alike are traced and lowered once. Operators of the user's own are
+  # called for each leaf: they may read what changes.
+  traced = jax.jit(of_leaf, static_argnums=0) if leaves.built_in else of_leaf
+  return [
+      traced(rule._replace(path=()) if leaves.built_in else rule, w, g, kept)
+      for rule, w, g, kept in zip(
+          leaves.rules, leaves.ws, leaves.gs, leaves.kept, strict=True
+      )
+  ]
 
 
 def _sizes(leaves: _Leaves, squares: bool, *scales: Any) -> list[jax.Array]:
@@ -282,21 +300,34 @@ def _sizes(leaves: _Leaves, squares: bool, *scales: Any) -> list[jax.Array]:
   The scale is applied in two parts, to g and to T g, because no part of it may leave
   the range where a huge weight has a vanishing gradient (a mask's -1e30 has none).
   """
-  sizes = [jnp.zeros((), leaves.eta.dtype) for _ in scales]
-  for t, g, *own in _leaf_by_leaf(leaves, *scales):
-    for i, h in enumerate(own):
-      x = g * h * t * h
-      if squares:
-        sizes[i] = sizes[i] + jnp.sum(jnp.square(x))
-      else:
-        sizes[i] = jnp.maximum(sizes[i], jnp.max(jnp.abs(x)))
+  of_all = (lambda x: jnp.sum(jnp.square(x))) if squares else (
+      lambda x: jnp.max(jnp.abs(x))
+  )
+  of_leaf = lambda t, g, *own: [of_all(g * h * t * h)[None] for h in own]  # noqa: E731
+  by_scale = zip(*_each_leaf(leaves, of_leaf, *scales), strict=True)
+  joined = [lax.concatenate(sizes, 0) for sizes in by_scale]
   if not squares:
-    return sizes
+    return [jnp.max(sizes) for sizes in joined]
   # Without the infinite slope at zero.
+  totals = [jnp.sum(sizes) for sizes in joined]
   return [
-      jnp.where(size == 0, 0, jnp.sqrt(jnp.where(size == 0, 1, size)))
-      for size in sizes
+      jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
+      for total in totals
   ]
+
+
+def vary_as(tree: Any, like: Any) -> Any:
+  """Constants that vary over a mesh as ``like`` does, for a loop in shard_map."""
+  axes = set()
+  for x in jtu.tree_leaves(like) if hasattr(jax, "typeof") else ():
+    kind = jax.typeof(x)  # JAX 0.6 to 0.9 say `vma`, later ones `mat.varying`
+    kind = getattr(kind, "mat", kind)
+    axes |= set(getattr(kind, "varying", getattr(kind, "vma", ())))
+  if not axes:
+    return tree
+  if hasattr(lax, "pcast"):
+    return lax.pcast(tree, tuple(axes), to="varying")
+  return getattr(lax, "pvary")(tree, tuple(axes))  # noqa: B009  (JAX before 0.8)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -325,9 +356,6 @@ def _in_range(leaves: _Leaves, squares: bool) -> tuple[jax.Array, jax.Array]:
     back = jnp.where((h > 1) & too_large, 0.5, 0)
     return size, h, jnp.where(h == 1, other, back).astype(dtype)
 
-  def goes_on(carry):
-    return carry[-1] > 0
-
   def in_one_pass(start):
     one, up, down = _sizes(leaves, squares, *jnp.array([1, big, small], dtype))
     is_up, is_down = (one < lowest) & (up <= highest), ~(one <= highest)
@@ -335,15 +363,10 @@ def _in_range(leaves: _Leaves, squares: bool) -> tuple[jax.Array, jax.Array]:
     h = jnp.where(is_up, big, jnp.where(is_down, small, 1)).astype(dtype)
     return size, h, start[0]
 
-  # Under shard_map a loop's start must vary over the mesh where its results do, so
-  # the zero is an empty sum over the leaves.
-  zero = jnp.zeros((), dtype)
-  for w, g in zip(leaves.ws, leaves.gs, strict=True):
-    nothing = jnp.atleast_1d(w)[:0] * jnp.atleast_1d(g)[:0]
-    zero = zero + jnp.sum(nothing, dtype=dtype)
+  zero = vary_as(jnp.zeros((), dtype), leaves)
   size, h, _ = lax.platform_dependent(
       (zero, zero, zero + 1),
-      cpu=functools.partial(lax.while_loop, goes_on, turn),
+      cpu=lambda start: lax.while_loop(lambda carry: carry[-1] > 0, turn, start),
       default=in_one_pass,
   )
   # Not finite: NaN everywhere, for x / inf would silently spare the finite leaves.

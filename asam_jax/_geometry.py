@@ -197,6 +197,8 @@ class LeafRule(NamedTuple):
 
   def factor(self, w: jax.Array, eta: Any) -> jax.Array:
     """The diagonal of T_w, in w's dtype and a shape that broadcasts to w's."""
+    if self.operator is none:
+      return jnp.ones((), w.dtype)
     t = self.operator(w, eta)
     shape, dtype = getattr(t, "shape", ()), getattr(t, "dtype", type(t))
     try:
@@ -264,11 +266,16 @@ class Geometry:
   def __post_init__(self):
     _arguments.scalar_or_schedule("eta", self.eta)
     _arguments.exponent(self.p)
-    self._operator  # noqa: B018  (for its errors)
+    self.is_built_in  # noqa: B018  (for the operator's errors)
 
   @functools.cached_property
   def _operator(self) -> Operator:
     return resolve_operator(self.normalization)
+
+  @functools.cached_property
+  def is_built_in(self) -> bool:
+    """Whether the operator is one of ours, or a partial of one."""
+    return built_in(self._operator) is not None
 
   @property
   def q(self) -> float:

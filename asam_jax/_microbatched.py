@@ -9,7 +9,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from asam_jax import _arguments
-from asam_jax._varying import vary_as
+from asam_jax._ascent import vary_as
 
 
 def microbatched(

@@ -180,7 +180,29 @@ def link_of(
 
   def update_fn(updates, state, params=None, *, grad_fn=None, value_fn=None,
                 **extra_args):
-    _check_update(updates, params, grad_fn, value_fn)
+    if params is None:
+      raise ValueError(
+          "params=None: the gradient is taken at the perturbed parameters; call"
+          " update(grads, state, params, grad_fn=grad_fn)."
+      )
+    if grad_fn is None and value_fn is None:
+      raise ValueError(
+          "grad_fn=None: the gradient at the perturbed point is missing; pass"
+          " update(..., grad_fn=grad_fn) with grad_fn(params) -> grads on the same"
+          " batch, or value_fn=value_fn with value_fn(params) -> loss. Flax's"
+          " TrainState.apply_gradients hands no such argument on: there, take the"
+          " gradient with asam_jax.value_and_grad, and give it the base optimizer."
+      )
+    for name, function in (("grad_fn", grad_fn), ("value_fn", value_fn)):
+      if not (function is None or callable(function)):
+        raise TypeError(f"{name}={function!r} must be a function of the parameters.")
+    seen = any(_perturbed.get(id(leaf)) is leaf for leaf in jax.tree.leaves(updates))
+    if seen or hasattr(grad_fn, PERTURBED):
+      raise ValueError(
+          "the gradient comes from asam_jax.value_and_grad or grad, and so is one at"
+          " perturbed parameters already: this would be ASAM twice. Feed the base"
+          " optimizer with it, or take the gradient with jax.value_and_grad."
+      )
     if grad_fn is None or (info is not None and value_fn is not None):
       source, evaluate = "value_fn's gradient", _evaluation(value_fn)
     else:
@@ -205,32 +227,6 @@ def _evaluation(value_fn: Callable[[Any], Any]) -> Callable[[Any], Pass]:
     return Pass(grads, value)
 
   return evaluate
-
-
-def _check_update(updates: Any, params: Any, grad_fn: Any, value_fn: Any) -> None:
-  if params is None:
-    raise ValueError(
-        "params=None: the gradient is taken at the perturbed parameters; call"
-        " update(grads, state, params, grad_fn=grad_fn)."
-    )
-  if grad_fn is None and value_fn is None:
-    raise ValueError(
-        "grad_fn=None: the gradient at the perturbed point is missing; pass"
-        " update(..., grad_fn=grad_fn) with grad_fn(params) -> grads on the same"
-        " batch, or value_fn=value_fn with value_fn(params) -> loss. Flax's"
-        " TrainState.apply_gradients hands no such argument on: there, take the"
-        " gradient with asam_jax.value_and_grad and give TrainState the base optimizer."
-    )
-  for name, function in (("grad_fn", grad_fn), ("value_fn", value_fn)):
-    if function is not None:
-      _arguments.function(name, function, "of the parameters")
-  seen = any(_perturbed.get(id(leaf)) is leaf for leaf in jax.tree.leaves(updates))
-  if seen or hasattr(grad_fn, PERTURBED):
-    raise ValueError(
-        "the gradient comes from asam_jax.value_and_grad or grad, and so is one at"
-        " perturbed parameters already: this would be ASAM twice. Feed the base"
-        " optimizer with it, or take the gradient with jax.value_and_grad."
-    )
 
 
 # What our own function transformations returned, to see ASAM twice where it happens.
