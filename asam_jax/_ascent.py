@@ -259,19 +259,19 @@ def _barrier_jvp(primals, tangents):
 def _leaf_by_leaf(leaves: _Leaves, *scalars: jax.Array, last: bool = False):
   """One pass over the leaves: (T, g, *scalars) of each, in the dtype of sums.
 
-  The barriers keep XLA from merging the passes, for it would write T g to memory in
-  between. Each leaf has one of its own, with its own eta and scalars: one for all of
-  them would let XLA:CPU share the broadcast of a scalar among leaves, and so write it
-  to memory at a leaf's size. Nothing wider than the leaves crosses a pass.
+  Barriers keep XLA from merging the passes, for it would write T g, or a leaf in
+  another dtype, to memory in between. Each leaf has one of its own, with its own eta
+  and scalars: one for all of them would let XLA:CPU share the broadcast of a scalar
+  among leaves, and so write it to memory at a leaf's size. The last pass needs none:
+  all others have theirs, and XLA may place the arrays around it as it likes.
   """
   dtype = leaves.eta.dtype
   for rule, w, g, kept in zip(
       leaves.rules, leaves.ws, leaves.gs, leaves.kept, strict=True
   ):
-    if last:
-      eta, *own = _barrier((leaves.eta, *scalars))
-    else:
-      w, g, eta, *own = _barrier((w, g, leaves.eta, *scalars))
+    eta, own = leaves.eta, scalars
+    if not last:
+      w, g, eta, *own = _barrier((w, g, eta, *scalars))
     t = rule.factor(w.astype(dtype), eta) if kept is None else kept
     yield t, g.astype(dtype), *own
 
