@@ -268,18 +268,18 @@ def _each_leaf(
 ) -> list[Any]:
   """One pass: ``fun(T, g, *scalars)`` of each leaf, in the dtype of sums.
 
-  The barriers keep XLA from merging the passes, for it would write T g to memory in
-  between. Each leaf has one of its own, with its own eta and scalars: one for all of
-  them would let XLA:CPU share the broadcast of a scalar among leaves, and so write it
-  to memory at a leaf's size. Nothing wider than the leaves crosses a pass.
+  Barriers keep XLA from merging the passes, for it would write T g, or a leaf in
+  another dtype, to memory in between. Each leaf has one of its own, with its own eta
+  and scalars: one for all of them would let XLA:CPU share the broadcast of a scalar
+  among leaves, and so write it to memory at a leaf's size. The last pass needs none:
+  all others have theirs, and XLA may place the arrays around it as it likes.
   """
   dtype = leaves.eta.dtype
 
   def of_leaf(rule, w, g, kept):
-    if last:
-      eta, *own = _barrier((leaves.eta, *scalars))
-    else:
-      w, g, eta, *own = _barrier((w, g, leaves.eta, *scalars))
+    eta, own = leaves.eta, scalars
+    if not last:
+      w, g, eta, *own = _barrier((w, g, eta, *scalars))
     t = rule.factor(w.astype(dtype), eta) if kept is None else kept
     return fun(t, g.astype(dtype), *own)
 
