@@ -125,8 +125,8 @@ def train_batches(
     batch_size: at most as many as there are.
     seed: of order and crops.
     size: the crops' height and width.
-    threads: that decode, in each process.
-    workers: processes that decode; 0: this one does.
+    threads: that decode, in each process, a batch each.
+    workers: processes that decode; 0: this one does. The batches are the same.
 
   Raises:
     ValueError: for a batch larger than the data, or, later, a file that is no image.
@@ -144,9 +144,9 @@ def train_batches(
 
   images: Any = grain.MapDataset.range(len(files.paths)).seed(seed).shuffle()
   images = images.slice(slice(0, batches_per_epoch * batch_size)).repeat()
-  # Batches come after the threads: what these hold ready is counted in images.
-  options = grain.ReadOptions(threads, prefetch_buffer_size=2 * batch_size)
-  batches = images.random_map(example).to_iter_dataset(options).batch(batch_size)
+  # Whole batches are handed out: they are the same however many decode.
+  batches: Any = images.random_map(example).batch(batch_size)
+  batches = batches.to_iter_dataset(grain.ReadOptions(threads, threads))
   if workers:
     flags.FLAGS.mark_as_parsed()  # Grain's processes read flags that nobody parsed
     batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers))
@@ -165,7 +165,7 @@ def eval_batches(
     files: the images.
     batch_size: of each batch.
     size: the crops' height and width.
-    threads: that decode.
+    threads: that decode, a batch each.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size={batch_size}: must be at least 1.")
@@ -179,9 +179,8 @@ def eval_batches(
     return Batch(image, files.labels[index, ...], np.array(1, np.float32))
 
   whole = -(-count // batch_size) * batch_size
-  options = grain.ReadOptions(threads, prefetch_buffer_size=2 * batch_size)
-  images: Any = grain.MapDataset.range(whole).map(example)
-  return iter(images.to_iter_dataset(options).batch(batch_size))
+  batches: Any = grain.MapDataset.range(whole).map(example).batch(batch_size)
+  return iter(batches.to_iter_dataset(grain.ReadOptions(threads, threads)))
 
 
 def _open(path: pathlib.Path) -> Image.Image:

@@ -88,6 +88,15 @@ def test_training_goes_on_where_it_was_interrupted(data):
   )
 
 
+def test_processes_give_the_same_batches(data):
+  alone = imagenet.train_batches(data.train, 4, seed=1, size=8)
+  helped = imagenet.train_batches(data.train, 4, seed=1, size=8, workers=2)
+  for batch, expected in zip(itertools.islice(helped, 4), alone, strict=False):
+    np.testing.assert_array_equal(batch.images, expected.images)
+    np.testing.assert_array_equal(batch.labels, expected.labels)
+  helped.close()
+
+
 def test_random_boxes_lie_inside_and_have_the_areas_and_ratios():
   rng = np.random.default_rng(0)
   boxes = np.array([imagenet.random_box(500, 375, rng) for _ in range(3000)])
