@@ -106,6 +106,19 @@ def test_the_reason_is_the_first_error():
   assert multihost_launch.reason("one\ntwo") == ["one", "two"]
 
 
+def test_what_must_not_happen_is_told():
+  good = {"victim": 1, "statuses": [-6, -9], "seconds": 9.0, "moment": 3.0}
+  good |= {"saved_before": 5, "saved_after": 10}
+  assert multihost_kill.wrong(good, 20, 15) == []
+  assert "process 1 killed after 3.0 s" in multihost_kill.line(good)
+  assert "the other was ended by SIGABRT" in multihost_kill.line(good)
+  for change in ({"saved_after": 4}, {"seconds": 18.0}, {"statuses": [0, -9]}):
+    assert len(multihost_kill.wrong(good | change, 20, 15)) == 1
+  done = good | {"statuses": [0, 0], "saved_after": 20}
+  assert multihost_kill.wrong(done, 20, 15) == []
+  assert "not counted" in multihost_kill.line(done)
+
+
 def test_batch_must_divide(tmp_path):
   with pytest.raises(ValueError, match="batch_size=6 must be a multiple of the 4 dev"):
     multihost.train(tmp_path, jax.devices()[:4], batch_size=6)

@@ -1,1 +1,6 @@
 """Tests of the paper's experiments."""
+
+import pytest
+
+for module in ("flax", "grain", "orbax.checkpoint", "PIL", "sacrebleu", "tokenizers"):
+  pytest.importorskip(module, reason="the experiments need the extra 'paper'")

@@ -1,8 +1,8 @@
 """3x3 convolutions whose kernel gradient is faster on a CPU.
 
-XLA's CPU code takes four to five times as long for the gradient to a 3x3 kernel as for
-the convolution itself. With x shifted by each of three columns and the output's
-gradient g by each of three rows,
+XLA's CPU code takes much longer for the gradient to a 3x3 kernel than for the
+convolution itself, with as many multiplications. With x shifted by each of three
+columns and the output's gradient g by each of three rows,
 
     dk[i, j] = sum over images, rows y and columns x of X[y + i, x + j]^T G[y, x]
 

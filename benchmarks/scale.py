@@ -1,0 +1,153 @@
+"""Predicts the time of a step on 1 to 1024 chips, as a table and a picture.
+
+    python -m benchmarks.pod --results runs/pod.jsonl
+    python -m benchmarks.scale --costs runs/pod.jsonl
+
+From the compiled programs of ``benchmarks.pod`` and the published speed of the chip: no
+time is measured. Says what is assumed, and for SGD, ASAM with one perturbation for all
+chips, ASAM with one per chip and Momentum-SAM how long a step takes, how that compares
+with SGD, and how much of the speed of one chip is left (scaling efficiency).
+
+    python -m benchmarks.scale --check --devices 4
+
+compares the model's ratios with measured ones, on CPU devices of this machine whose
+speed is measured first. Nothing else should run then.
+"""
+
+import argparse
+from collections.abc import Sequence
+import json
+import os
+import pathlib
+from typing import Any
+
+from benchmarks.pod import scaling
+
+SIZES = [2**i for i in range(11)]
+METHODS = ("SGD", "adaptive_sam", "adaptive_sam, per device", "momentum_sam")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+  """The options."""
+  parser = argparse.ArgumentParser(
+      prog="python -m benchmarks.scale",
+      description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--costs", type=pathlib.Path, default=pathlib.Path("runs/pod.jsonl"))
+  add("--results", type=pathlib.Path, default=pathlib.Path("runs/scale.jsonl"))
+  add("--plot", type=pathlib.Path, default=pathlib.Path("runs/scale.png"))
+  add("--check", action="store_true", help="against this machine's CPU devices")
+  add("--devices", type=int, default=4, help="of the check")
+  add("--repeats", type=int, default=21, help="of the check")
+  return parser.parse_args(arguments)
+
+
+def read(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+  """The rows of each network; of the transformer's, those of the whole one."""
+  if not path.exists():
+    raise FileNotFoundError(
+        f"--costs {path} does not exist: python -m benchmarks.pod --results {path}"
+    )
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  parts: dict[str, list[dict[str, Any]]] = {}
+  for row in rows:
+    whole = "layers" not in row or "extrapolated_from" in row
+    if row.get("method") in METHODS and whole:
+      parts.setdefault(row["part"], []).append(row)
+  return parts
+
+
+def table(rows: Sequence[dict[str, Any]], notes: str) -> str:
+  """The predictions for one network, in Markdown."""
+  header = ["method", "chips", "compute ms", "exchange ms", "step ms (exposed)"]
+  header += ["/ SGD exposed", "/ SGD hidden", "efficiency exposed", "hidden"]
+  lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+  for row in rows:
+    ratios = [row["ratio_exposed"], row["ratio_hidden"]]
+    lines.append([
+        row["method"],
+        str(row["chips"]),
+        *(
+            f"{1e3 * row[name]:.3f}"
+            for name in ("compute_seconds", "exchange_seconds", "seconds_exposed")
+        ),
+        *("" if ratio is None else f"{ratio:.3f}" for ratio in ratios),
+        *(f"{row[f'efficiency_{kind}']:.1%}" for kind in ("exposed", "hidden")),
+    ])
+  body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+  return f"{rows[0]['part']}{notes}\n\n{body}"
+
+
+def notes_of(rows: Sequence[dict[str, Any]]) -> str:
+  """Which programs the predictions stand on."""
+  compiled = sorted({row["chips"] for row in rows})
+  text = f": compiled for {', '.join(map(str, compiled))} chips of {rows[0]['chip']}"
+  if "extrapolated_from" in rows[0]:
+    fewer, more = rows[0]["extrapolated_from"]
+    text += f"; {rows[0]['layers']} layers EXTRAPOLATED from {fewer} and {more}"
+  return text
+
+
+def plot(parts: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
+  """Two pictures a network: time over SGD's, and efficiency, against chips."""
+  from matplotlib import figure
+
+  picture = figure.Figure(figsize=(9, 3.4 * len(parts)), layout="constrained")
+  grid = picture.subplots(len(parts), 2, squeeze=False)
+  for axes, (part, rows) in zip(grid, parts.items(), strict=True):
+    for method, colour in zip(METHODS, ("black", "C0", "C1", "C2"), strict=True):
+      chosen = [row for row in rows if row["method"] == method]
+      if not chosen:
+        continue
+      chips = [row["chips"] for row in chosen]
+      for axis, quantity in zip(axes, ("ratio", "efficiency"), strict=True):
+        low, high = (
+            [row[f"{quantity}_{kind}"] for row in chosen]
+            for kind in ("exposed", "hidden")
+        )
+        if None in low:
+          continue
+        axis.plot(chips, low, "o-", color=colour, label=method, markersize=3)
+        axis.plot(chips, high, "--", color=colour, linewidth=1)
+    for axis, label in zip(axes, ("step time / SGD's", "efficiency"), strict=True):
+      axis.set(xscale="log", xlabel="chips", ylabel=label, title=part, ylim=(0, None))
+      axis.set_xticks(SIZES, [str(size) for size in SIZES])
+      axis.minorticks_off()
+  grid[0, 0].legend(fontsize=8, title="solid: exposed, dashed: hidden")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  picture.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+  """Predicts, prints, draws and writes; returns the rows."""
+  options = parse(arguments)
+  if options.check:
+    flags = f"--xla_force_host_platform_device_count={options.devices}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    from benchmarks.pod import check  # starts JAX, with these devices
+
+    results = check.measure(options.devices, options.repeats)
+    print(check.table(results))
+  else:
+    chip = scaling.V5E
+    assumptions = scaling.ASSUMPTIONS.format(
+        slice_=chip.slice_, network=chip.network / 1e9
+    )
+    print(f"{chip}\n\n{assumptions}")
+    parts, results = {}, []
+    for part, rows in read(options.costs).items():
+      parts[part] = scaling.predictions(rows, SIZES, chip)
+      print(f"\n{table(parts[part], notes_of(rows))}")
+      results += parts[part]
+    plot(parts, options.plot)
+    print(f"\ndrawn in {options.plot}")
+  options.results.parent.mkdir(parents=True, exist_ok=True)
+  options.results.write_text("".join(json.dumps(row) + "\n" for row in results))
+  print(f"written to {options.results}")
+  return results
+
+
+if __name__ == "__main__":
+  main()
