@@ -118,8 +118,10 @@ def from_geometry(
   stabilizer = _arguments.scalar_or_schedule("eta", geometry.eta)
 
   def init_fn(params: optax.Params) -> AscentState:
-    zero = jnp.zeros((), _g.sum_dtype(geometry.rules(params)))
-    return AscentState(jnp.zeros((), jnp.int32), zero, zero)
+    dtype = _g.sum_dtype(geometry.rules(params))
+    return AscentState(
+        jnp.zeros((), jnp.int32), jnp.zeros((), dtype), jnp.zeros((), dtype)
+    )
 
   def update_fn(updates, state, params=None, **extra_args):
     del extra_args
