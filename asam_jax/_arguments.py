@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax import tree_util as jtu
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -76,7 +77,7 @@ def positive(argument: str, value: Any) -> Any:
   return value
 
 
-def exponent(p: Any) -> float:
+def exponent(p: Any) -> Any:
   """Raises unless p is a number in [1, inf]."""
   if isinstance(p, (bool, complex)) or not isinstance(p, (int, float, np.number)):
     raise TypeError(
@@ -337,7 +338,7 @@ _DEFAULTS = {"normalize": is_not_bias, "perturb": lambda path, leaf: True}
 
 def is_concrete(value: Any) -> bool:
   """Whether its value can be looked at now: not traced, not on other hosts alone."""
-  traced = isinstance(value, jax.core.Tracer)
+  traced = isinstance(value, Tracer)
   return not traced and getattr(value, "is_fully_addressable", True)
 
 

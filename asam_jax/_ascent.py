@@ -20,7 +20,8 @@ class AscentState(NamedTuple):
   """State of :func:`ascent`.
 
   Attributes:
-    count: the number of steps taken, an int32 scalar; schedules are read at it.
+    count: the number of steps taken, an int32 scalar; schedules are read at it. None
+      inside a function door, which has no steps.
     sharpness: the first-order sharpness rho ||T_w g||_q of the last step, in the
       unit of the loss: a float32 scalar (float64 if a parameter is).
     dual_norm: ||T_w g||_q of the last step, likewise.
@@ -167,7 +168,7 @@ def from_geometry(
     if count is not None:
       count = jnp.asarray(optax.safe_increment(count))
     return jtu.tree_unflatten(treedef, result), AscentState(
-        count,
+        count,  # pyright: ignore[reportArgumentType]
         sharpness,
         norm,
     )

@@ -72,12 +72,21 @@ def carried(
   ``optax.chain(optax.trace(0.9), optax.scale(-1), ascent(...))``; see
   :func:`momentum_sam` for the base optimizer's momentum.
 
-  Cost: one gradient and about 15 operations per parameter; memory: one copy of the
+  Cost: one gradient and about 17 operations per parameter; memory: one copy of the
   parameters.
 
   The perturbation belongs to another batch than the descent gradient, and its
   length is limited by how far the loss may rise: where :func:`adaptive_sam`
   tolerates a large rho, this may collapse. Search rho anew, from below.
+
+  Batch statistics that the model gathers in training are those at
+  :math:`w + \hat\epsilon`, not at w: at a large rho the accuracy of
+  ``eval_params(opt_state)`` with them is lower than it need be. Gather them anew before
+  an evaluation that counts: a few training-mode forward passes at w, without a step.
+
+  The state is the truth about w. Parameters that are changed from outside (projected,
+  loaded, averaged) are moved back to where the state says at the next update; change
+  the state's ``params`` as well, or init anew.
 
   With rho = 0 the steps are those of ``base_tx`` bit for bit, unless ``jit`` merges
   base_tx's last product with the addition to the parameters into one rounding:
@@ -205,16 +214,19 @@ def momentum_sam(
   _arguments.scalar("decay", decay, high=1)
   geometry = _g.Geometry(eta, p, normalization, normalize, perturb)
   ascent_tx = _ascent.from_geometry(rho, geometry)
-  own_trace = optax.trace(decay)
 
   def init_ascent(base_state, clean):
-    trace = () if _momentum(base_state, clean) is not None else own_trace.init(clean)
+    trace = ()
+    if _momentum(base_state, clean) is None:
+      trace = jax.tree.map(jnp.zeros_like, clean)
     return MomentumAscentState(ascent_tx.init(clean), trace)
 
   def downhill(grads, steps, base_state, state, clean, extra_args):
     momentum, trace = _momentum(base_state, clean), state.trace
     if momentum is None:
-      momentum, trace = own_trace.update(grads, trace, clean)
+      momentum = trace = _trees.map_floats(
+          lambda v, g: (decay * v + g).astype(v.dtype), trace, grads
+      )
     elif not _sees_the_gradient_first(base_state):
       # Behind a learning rate it is negated: it then points the way of the steps.
       against = _trees.dot(momentum, steps) <= 0
@@ -287,7 +299,9 @@ def _carried(
     _arguments.tree_like("the gradient", updates, params)
     grads = jax.tree.map(lambda g: _cast(g, dtype), updates)
     steps, base_state = base_tx.update(grads, state.base, state.params, **extra_args)
-    clean = optax.apply_updates(state.params, steps)
+    clean = _trees.map_floats(  # optax.apply_updates, without what has no gradient
+        lambda w, step: jnp.asarray(w + step).astype(w.dtype), state.params, steps
+    )
     epsilon, ascent_state = perturb(
         grads, steps, base_state, state.ascent, clean, extra_args
     )

@@ -140,7 +140,7 @@ def sometimes(
       grads, link_state = link.update(updates, state.link, params, **extra_args)
       if not reuse:
         return grads, link_state, ()
-      return grads, link_state, _new_direction(updates, grads)
+      return grads, link_state, _new_direction(updates, grads, state.reused)
 
     def skipped():
       grads = _add_direction(updates, state.reused, reuse) if reuse else updates
@@ -260,7 +260,7 @@ def _scalar_bool(decision: Any) -> jax.Array:
   return jnp.asarray(decision)
 
 
-def _new_direction(clean: Any, perturbed: Any) -> Any:
+def _new_direction(clean: Any, perturbed: Any, reused: Any) -> Any:
   """The unit vector along the part of the perturbed gradient orthogonal to clean."""
   # From the difference, which is exactly zero where the gradients are equal.
   difference = _trees.map_floats(
@@ -274,8 +274,8 @@ def _new_direction(clean: Any, perturbed: Any) -> Any:
   )
   real = _trees.norm(part) > 8 * eps * _trees.norm(clean)
   return _trees.map_floats(
-      lambda g, u: jnp.where(real, u, 0).astype(g.dtype), clean,
-      _trees.unit_vector(part),
+      lambda old, u: jnp.where(real, u, 0).astype(old.dtype),
+      reused, _trees.unit_vector(part),
   )
 
 

@@ -221,7 +221,7 @@ def link_of(
   return Link(init_fn, update_fn)
 
 
-def _evaluation(value_fn: Callable[[Any], Any]) -> Callable[[Any], Pass]:
+def _evaluation(value_fn: Any) -> Callable[[Any], Pass]:
   def evaluate(point):
     value, grads = jax.value_and_grad(value_fn)(point)
     return Pass(grads, value)
@@ -274,13 +274,13 @@ def base(tx: Any) -> optax.GradientTransformationExtraArgs:
   return _arguments.transformation("base_tx", tx, "optax.sgd(0.1, momentum=0.9)")
 
 
-def optimizer(base_tx: Any, link: Link) -> Optimizer:
+def optimizer(base_tx: Any, link: Any) -> Optimizer:
   """``optax.chain(link, base_tx)``, checked and marked as a whole optimizer."""
   chained = optax.chain(link, base(base_tx))
 
   def init_fn(params):
     state = chained.init(params)
-    no_second_ascent(state[1])
+    no_second_ascent(state[1])  # pyright: ignore[reportIndexIssue]
     return state
 
   return Optimizer(init_fn, chained.update)

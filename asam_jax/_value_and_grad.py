@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+from jax.core import Tracer
 import numpy as np
 import optax
 
@@ -235,7 +236,7 @@ def _traced_once(evaluate: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return [x for x, is_array in zip(leaves, arrays, strict=True) if is_array]
 
   def call(point):
-    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(point)):
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(point)):
       return evaluate(point)  # without jit around the step it runs as it is written
     results = iter(traced(point))
     treedef, arrays, rest = kept
