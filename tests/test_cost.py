@@ -32,7 +32,7 @@ def costs(request):
 @pytest.mark.parametrize("method", ASAM)
 def test_asam_step_has_the_flops_of_two_gradients(costs, method):
   # At a batch of 64, the perturbation's dozen per weight are 1 % of a gradient's.
-  assert 2.00 <= costs[method]["flops"] / costs["plain SGD"]["flops"] <= 2.025
+  assert 2.00 <= costs[method]["flops"] / costs["plain SGD"]["flops"] <= 2.022
 
 
 def test_sam_step_has_the_flops_of_two_gradients(costs):

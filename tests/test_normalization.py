@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import asam_jax
-from asam_jax import _normalization
 from tests import problems
 
 
@@ -20,7 +19,6 @@ from tests import problems
         ("elementwise", asam_jax.elementwise),
         ("filterwise", asam_jax.filterwise),
         ("layerwise", asam_jax.layerwise),
-        ("none", _normalization.none),
     ],
 )
 def test_operators_against_the_oracle(name, operator, shape):
@@ -71,6 +69,17 @@ def test_official_rule_on_plain_trees():
   assert len(selected({"b": [leaf]})) == 1
 
 
+def test_a_bias_has_its_name_and_its_rank():
+  vector, matrix, cube = jnp.ones(4), jnp.ones((4, 3)), jnp.ones((2, 4, 3))
+  lora = {"a": matrix, "b": matrix}  # the matrices of a low-rank adapter
+  assert selected(lora) == {"['a']", "['b']"}
+  assert selected({"biased_proj": vector, "bias": vector}) == {"['biased_proj']"}
+  # Haiku's batch norm keeps axes of length 1; Flax's attention splits its biases.
+  assert selected({"offset": jnp.ones((1, 1, 1, 4)), "b": vector}) == set()
+  assert selected({"bias": matrix, "bias_hh": vector}) == set()
+  assert selected({"bias": cube}) == {"['bias']"}
+
+
 def test_official_rule_on_dataclasses():
   # What an Equinox module looks like to JAX.
   import dataclasses
@@ -109,7 +118,7 @@ def test_describe():
   assert table == (
       asam_jax.LeafDescription("['conv']['bias']", (2,), "none", True, 2),
       asam_jax.LeafDescription(
-          "['conv']['kernel']", (3, 3, 1, 2), "filterwise", True, 18
+          "['conv']['kernel']", (3, 3, 1, 2), "filterwise", True, 18, 0, 3
       ),
       asam_jax.LeafDescription("['dense']['kernel']", (4, 5), "elementwise", False, 20),
   )
@@ -119,6 +128,33 @@ def test_describe():
   assert lines[-1].split() == ["total", "40"]
   assert len({len(line) for line in lines}) == 1
   assert "total" in str(asam_jax.describe({}))
+
+
+def test_describe_shows_the_filters():
+  params = {"kernel": jnp.ones((3, 3, 1, 2))}
+  last = asam_jax.describe(params, normalization="filterwise")
+  first = asam_jax.describe(
+      params, normalization=functools.partial(asam_jax.filterwise, filter_axis=0)
+  )
+  assert "filterwise, 2 on axis 3" in str(last)
+  assert "filterwise, 3 on axis 0" in str(first)
+
+
+def test_describe_takes_a_geometry():
+  params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+  geometry = asam_jax.Geometry(normalization="layerwise")
+  expected = asam_jax.describe(params, normalization="layerwise")
+  assert asam_jax.describe(params, geometry) == expected
+  with pytest.raises(ValueError, match="both geometry and normalization"):
+    asam_jax.describe(params, geometry, normalization="layerwise")
+
+
+def test_a_filter_axis_that_no_kernel_has():
+  for axis, error in ((9, ValueError), (-9, ValueError), ("0", TypeError)):
+    operator = functools.partial(asam_jax.filterwise, filter_axis=axis)
+    tx = asam_jax.ascent(normalization=operator)
+    with pytest.raises(error, match="filter_axis="):
+      tx.update(jnp.ones((2, 3)), tx.init(jnp.ones((2, 3))), jnp.ones((2, 3)))
 
 
 def test_describe_names_own_operators():
@@ -186,5 +222,6 @@ def test_bad_selections(argument):
 
 @pytest.mark.parametrize("unknown", ["elementwise ", "filter", 3, None])
 def test_unknown_operator(unknown):
-  with pytest.raises(ValueError, match=r"normalization=.* is unknown; use one of 'el"):
+  error = ValueError if isinstance(unknown, str) else TypeError
+  with pytest.raises(error, match=r"normalization=.* is unknown; use one of 'el"):
     asam_jax.describe(jnp.ones(2), normalization=unknown)

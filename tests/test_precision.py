@@ -254,9 +254,13 @@ def test_master_weights_with_a_bfloat16_forward_pass():
     return loss(jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), w))
 
   tx = asam_jax.sam(optax.sgd(0.1), 0.05, with_info=True)
-  updates, state = jax.jit(
-      lambda w: tx.update(jax.grad(mixed)(w), tx.init(w), w, grad_fn=jax.grad(mixed))
-  )(w)
+
+  @jax.jit
+  def step(w):
+    value, grads = jax.value_and_grad(mixed)(w)
+    return tx.update(grads, tx.init(w), w, value=value, value_fn=mixed)
+
+  updates, state = step(w)
   info = optax.tree_utils.tree_get(state, "info")
   np.testing.assert_allclose([info.radius, info.kept_share], [0.05, 1], rtol=1e-3)
   names = sorted(w)

@@ -294,7 +294,7 @@ def test_lbfgs():
 
 
 def raises_on_holes(make):
-  with pytest.raises(ValueError, match=r"holes .* Use the arguments perturb and norm"):
+  with pytest.raises(ValueError, match=r"hole .* Use the arguments perturb and norm"):
     make(asam(SGD)).init(W)
 
 
