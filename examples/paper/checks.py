@@ -12,7 +12,7 @@ from examples.paper.config import Options
 _AT_LEAST = {
     "examples": 0, "validation": 0, "crop": 0, "cutout": 0, "epochs": 1,
     "batch_size": 1, "eval_every": 1, "warmup": 0, "every": 1, "vocabulary": 100,
-    "longest": 1, "layers": 1, "width": 1, "hidden": 1, "heads": 1, "beam": 1,
+    "longest": 1, "subwords": 1, "beam": 1,
     "seed": 0, "momentum": 0, "beta2": 0, "weight_decay": 0, "clip": 0, "rho": 0,
     "eta": 0, "p": 1, "reuse": 0, "last": 0, "noise": 0, "dropout": 0,
     "label_smoothing": 0, "learning_rate": 0, "length_penalty": 0,
@@ -63,7 +63,9 @@ def _check_options(config: Config, options: Options) -> None:
   devices = options.devices or available
   if devices > available:
     raise ConfigError(f"devices={devices}: there are {available}.")
-  if config.batch_size % devices:
+  if config.conv == "shifts" and devices > 1:
+    raise ConfigError(f"conv=shifts: for one device, not {devices}; take conv=lax.")
+  if config.batch_size % devices and config.dataset != "parallel":
     raise ConfigError(
         f"batch_size={config.batch_size}: does not divide into {devices} equal parts,"
         f" one for each device; take a multiple of {devices}."

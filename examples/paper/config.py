@@ -29,8 +29,9 @@ class Config:
   examples: int = 0
   """Train on so many examples, drawn from the training set; 0: on all."""
   validation: int = 0
-  """Hold out so many training examples and judge on them, never on the test set; 0:
-  judge on the test set. Radii are chosen with it."""
+  """Hold out so many training images and judge on them, never on the test set; 0:
+  judge on the test set. Radii are chosen with it. Text has a part of its own for it,
+  and takes that for any number above 0."""
   noise: float = 0.0
   """Part of the training labels that is replaced by a random other class."""
   human_labels: str = ""
@@ -49,13 +50,16 @@ class Config:
   """Name of the network; an unknown one is answered by the list."""
   dropout: float = 0.0
   """Rate of dropout, for networks that have it."""
+  conv: Literal["lax", "shifts"] = "lax"
+  """What computes convolutions; "shifts" takes a sixth less time on one CPU, and rounds
+  otherwise."""
   dtype: Literal["float32", "bfloat16"] = "float32"
   """Type of the activations; parameters and their updates stay float32."""
 
   epochs: int = 200
   """Passes over the training set."""
   batch_size: int = 128
-  """Examples in a step, over all devices; of text, at most so many sentences."""
+  """Images in a step, over all devices; text has subwords."""
   label_smoothing: float = 0.1
   """Part of each label that is spread over all classes."""
   eval_every: int = 1
@@ -111,14 +115,14 @@ class Config:
   """Text: pieces in the subword vocabulary, common to both languages."""
   longest: int = 100
   """Text: sentences of more pieces are not trained on."""
-  layers: int = 6
-  """Transformers: layers of the encoder, and as many of the decoder."""
-  width: int = 512
-  """Transformers: features of a token."""
-  hidden: int = 1024
-  """Transformers: features inside the feed-forward part."""
-  heads: int = 4
-  """Transformers: attention heads."""
+  subwords: int = 4096
+  """Text: pieces in a batch of sources or of targets, padding included."""
+  train_files: str = "train"
+  """Text: the part to train on, as its files' names begin."""
+  validation_files: str = "val"
+  """Text: the part to choose settings on."""
+  test_files: str = "test_2016_flickr"
+  """Text: the part to be judged on."""
   beam: int = 5
   """Text: hypotheses that the search keeps."""
   length_penalty: float = 1.0

@@ -1,5 +1,6 @@
 """Classification of images that fit the device: CIFAR-10, CIFAR-100 and fake ones."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,6 +16,7 @@ from examples.paper import tasks
 from examples.paper.config import Config
 from examples.paper.config import ConfigError
 from examples.paper.config import Options
+from examples.paper.models import costs
 
 EVAL_BATCH = 500
 # The subset of the training images is the same for all seeds of a configuration.
@@ -113,6 +115,11 @@ class ImageTask:
     params = variables.pop("params")
     return params, variables
 
+  def multiply_adds(self):
+    image = jax.ShapeDtypeStruct((1, *self.data.images.shape[1:]), jnp.float32)
+    network = build(dataclasses.replace(self.config, conv="lax"), self.classes)
+    return costs.multiply_adds(network, image)
+
   def batches(self, epoch):
     """Indices [steps, batch]; the few that are left over are others each epoch."""
     rng = np.random.default_rng([self.config.seed, epoch])
@@ -155,6 +162,8 @@ def build(config: Config, classes: int) -> Any:
     options["dropout"] = config.dropout
   if config.dtype != "float32":
     options["dtype"] = jnp.dtype(config.dtype)
+  if config.conv != "lax":
+    options["conv"] = config.conv
   try:
     return models.build(config.model, classes, **options)
   except (ValueError, KeyError, TypeError) as error:
@@ -168,7 +177,7 @@ def classification_loss(network, params, variables, inputs, key, smoothing):
       {"params": params, **variables},
       images,
       train=True,
-      rngs={"dropout": key},
+      rngs={"dropout": key, "shakedrop": jax.random.fold_in(key, 1)},
       mutable=list(variables),
   )
   logits = logits.astype(jnp.float32)

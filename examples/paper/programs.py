@@ -78,22 +78,6 @@ class Program:
       state = self._call(self._step_alone, state, self._place_batch(batch), ascend)
       yield i + 1, state
 
-  def flops(self, state: Any) -> float | None:
-    """Floating point operations of a step as XLA counts them, on average."""
-    batch = self._place_batch(self._task.batches(0)[0])
-    kinds = [None]
-    if self._ascend is not None:
-      kinds = [bool(self._ascend(i)) for i in range(self._task.steps)]
-    counts = {}
-    for ascend in set(kinds):
-      lowered = jax.jit(self._step_alone, static_argnums=0).lower(
-          ascend, state, self._data, batch, self._seed
-      )
-      analysis: Any = lowered.cost_analysis() or {}
-      counts[ascend] = analysis.get("flops", 0.0)
-    mean = sum(counts[ascend] for ascend in kinds) / len(kinds)
-    return mean or None
-
   def _place_batch(self, batch: Any, stacked: bool = False) -> Any:
     if self._sharded is None:
       return batch

@@ -20,7 +20,7 @@ MOMENTUM_RADII = (0.5, 1.0, 2.0)
 
 CIFAR10 = Config(
     name="cifar10-small", table="cifar10-small", model="resnet8", examples=20_000,
-    epochs=12, eval_every=3,
+    epochs=12, eval_every=3, conv="shifts",
 )
 CIFAR100 = replace(
     CIFAR10, name="cifar100-small", table="cifar100-small", dataset="cifar100"
@@ -39,7 +39,7 @@ NORMALIZATION = replace(
     examples=10_000, epochs=8, eval_every=8,
 )
 VIT = replace(
-    CIFAR10, name="vit-small", table="vit-small", model="vit_small", base="adamw",
+    CIFAR10, name="vit-small", table="vit-small", model="vit_small", conv="lax", base="adamw",
     learning_rate=1e-3, weight_decay=0.05, warmup=150,
 )
 

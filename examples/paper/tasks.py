@@ -39,16 +39,22 @@ class Task(Protocol):
 
   Attributes:
     data: a pytree of arrays, kept on the device and handed to ``prepare``.
+    size: training examples.
     steps: steps in an epoch.
     stackable: whether all batches of an epoch have the same shape.
   """
 
   data: Any
+  size: int
   steps: int
   stackable: bool
 
   def init(self, key: jax.Array) -> tuple[Any, Any]:
     """(parameters, other variables such as batch statistics)."""
+    ...
+
+  def multiply_adds(self) -> int:
+    """Multiplications with additions of one example, going forward."""
     ...
 
   def batches(self, epoch: int) -> Sequence[Any]:
