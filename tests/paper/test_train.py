@@ -40,7 +40,7 @@ def first_step(config, tmp_path):
 
 
 def hand_written_loss(task, config, before, batch):
-  """The loss of parameters and the new statistics, with the first step's crops and dropout."""
+  """The loss of parameters, with the first step's crops and dropout."""
   key = jax.random.fold_in(jax.random.key(config.seed), 0)
   crops, dropout = jax.random.split(key)
   images, labels = task.prepare(task.data, batch, crops)
