@@ -62,7 +62,7 @@ class Keeper:
     """Whether a checkpoint is due inside an epoch."""
     return bool(self._steps) and step % self._steps == 0 and step % steps != 0
 
-  def save(self, step: int, state: Any, history: list[dict[str, Any]]) -> None:
+  def save(self, step: int, state: Any, history: Any) -> None:
     self._manager.save(
         step,
         args=ocp.args.Composite(

@@ -189,10 +189,11 @@ def from_json(fields: dict[str, Any]) -> Config:
   unknown = sorted(set(fields) - set(kinds))
   if unknown:
     raise ConfigError(f"unknown fields {', '.join(unknown)} in a configuration.")
-  return Config(**{
+  values: dict[str, Any] = {
       key: float(value) if kinds[key] is float else value
       for key, value in fields.items()
-  })
+  }
+  return Config(**values)
 
 
 def folder_of(config: Config, options: Options) -> pathlib.Path:

@@ -94,7 +94,8 @@ class ImageTask:
     self.config = config
     self.classes = data.classes
     self.network = build(config, data.classes)
-    self.data = image_data.Split(jnp.asarray(train.images), jnp.asarray(train.labels))
+    on_device: Any = map(jnp.asarray, train)
+    self.data = image_data.Split(*on_device)
     self.size = len(train.labels)
     self.steps = self.size // config.batch_size
     self._normalize = functools.partial(
@@ -120,11 +121,11 @@ class ImageTask:
     network = build(dataclasses.replace(self.config, conv="lax"), self.classes)
     return costs.multiply_adds(network, image)
 
-  def batches(self, epoch):
+  def batches(self, epoch, done=0):
     """Indices [steps, batch]; the few that are left over are others each epoch."""
     rng = np.random.default_rng([self.config.seed, epoch])
     order = rng.permutation(self.size)[: self.steps * self.config.batch_size]
-    return order.astype(np.int32).reshape(self.steps, self.config.batch_size)
+    return order.astype(np.int32).reshape(self.steps, self.config.batch_size)[done:]
 
   def prepare(self, data, batch, key):
     return self._augment(key, data.images[batch]), data.labels[batch]
@@ -136,18 +137,30 @@ class ImageTask:
 
   def evaluate(self, params, variables, last):
     del last
-    sums = tasks.Sums.zero()
-    for batch in self._judged:
-      sums = sums.plus(self._judge(params, variables, batch))
-    loss, accuracy = sums.means()
+    loss, accuracy = self._means(params, variables, self._judged)
     return {"loss": loss, "accuracy": accuracy}
 
-  def _judge_batch(self, params, variables, batch):
-    images, labels, weights = batch
+  def judge_training(self, params, variables) -> float:
+    """Accuracy on the training images as they are, in evaluation mode."""
+    split = image_data.Split(*map(np.asarray, self.data))
+    return self._means(params, variables, judged_batches(split, EVAL_BATCH))[1]
+
+  def logits(self, params, variables, images) -> jax.Array:
+    """In evaluation mode, of uint8 images."""
     logits = self.network.apply(
         {"params": params, **variables}, self._normalize(images), train=False
     )
-    logits = jnp.asarray(logits, jnp.float32)
+    return jnp.asarray(logits, jnp.float32)
+
+  def _means(self, params, variables, batches):
+    sums = tasks.Sums.zero()
+    for batch in batches:
+      sums = sums.plus(self._judge(params, variables, batch))
+    return sums.means()
+
+  def _judge_batch(self, params, variables, batch):
+    images, labels, weights = batch
+    logits = self.logits(params, variables, images)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (jnp.argmax(logits, -1) == labels) & (weights > 0)
     return tasks.Sums(

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import tqdm
 
+from examples import records
 from examples.paper import tasks
 from examples.paper.config import as_json
 from examples.paper.config import Config
@@ -26,17 +27,6 @@ from examples.paper.config import Options
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 # Seconds between two looks at the device's sums: each waits for the step before.
 _LOOK = 2.0
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-  """Writes a file that is never seen half written."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  with open(temporary, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 def claim(folder: pathlib.Path, config: Config) -> None:
@@ -53,7 +43,7 @@ def claim(folder: pathlib.Path, config: Config) -> None:
           f"folder={folder}: holds another run, which differs in {', '.join(differ)};"
           " choose another folder, or delete this one."
       )
-  write_whole(path, json.dumps(as_json(config), indent=1) + "\n")
+  records.replace(path, json.dumps(as_json(config), indent=1) + "\n")
 
 
 def hardware() -> str:
@@ -159,4 +149,4 @@ class Log:
 
   def _write(self) -> None:
     lines = [self._heading, *self.history]
-    write_whole(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+    records.write(self._path, lines)

@@ -136,7 +136,8 @@ def _train(task, recipe, program, config, clock, state, keeper, log) -> TrainSta
   for epoch in range(start // task.steps, config.epochs):
     done = int(state.step) - epoch * task.steps
     clock.lap()
-    for end, state in program.epoch(state, epoch, done):
+    for end, new in program.epoch(state, epoch, done):
+      state = new  # the old one's buffers are gone
       log.step(end, state.sums)
       if keeper.is_due(end, task.steps):
         keeper.save(end, state, log.history)

@@ -1,8 +1,9 @@
-"""The optimizers of a configuration: a base optimizer, and what a method makes of it."""
+"""A configuration's optimizer: a base, and what a method makes of it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
 import asam_jax
@@ -82,7 +83,9 @@ def _stale(base_tx, config, total):
   return Recipe(asam_jax.carried(base_tx, ascent_tx), carried=True, gradients=1.0)
 
 
-def _sometimes(base_tx, config, when, **options) -> optax.GradientTransformation:
+def _sometimes(
+    base_tx, config, when, **options
+) -> optax.GradientTransformationExtraArgs:
   link = asam_jax.sometimes(_link(config), when, **options)
   return _extra(optax.chain(link, base_tx))
 
@@ -156,6 +159,11 @@ def check(config: Config) -> None:
     )
 
 
+def _inverse_sqrt(rate: float, first: int) -> optax.Schedule:
+  # join_schedules asks for steps below 0 too, and has no use for the answer.
+  return lambda step: rate * (first / (first + jnp.maximum(step, 0))) ** 0.5
+
+
 def learning_rate(config: Config, total: int) -> optax.Schedule:
   """The learning rate at each of the total steps."""
   rate, warmup = config.learning_rate, config.warmup
@@ -164,8 +172,7 @@ def learning_rate(config: Config, total: int) -> optax.Schedule:
   if config.schedule == "cosine":
     after = optax.cosine_decay_schedule(rate, total - warmup)
   elif config.schedule == "inverse_sqrt":
-    first = max(warmup, 1)
-    after = lambda step: rate * (first / (first + step)) ** 0.5  # noqa: E731
+    after = _inverse_sqrt(rate, max(warmup, 1))
   else:
     after = optax.constant_schedule(rate)
   if not warmup:

@@ -49,7 +49,7 @@ class Entry:
   like: str = ""
 
 
-_Records = Mapping[str, Mapping[str, Any]]
+_Records = Mapping[str, dict[str, Any]]
 
 
 def sweep_state(
@@ -65,7 +65,7 @@ def sweep_state(
     if missing:
       return None, missing
     scores = {
-        rho: results.accuracy(records[key_of(c)])
+        rho: results.score(records[key_of(c)])
         for rho, c in runs.items() if key_of(c) in records
     }
     if not scores:

@@ -65,18 +65,20 @@ class Program:
 
   def epoch(self, state: Any, epoch: int, done: int) -> Iterator[tuple[int, Any]]:
     """Yields (steps taken since the start of the run, state) until the epoch ends."""
-    batches = self._task.batches(epoch)
+    batches = self._task.batches(epoch, done)
     first = epoch * self._task.steps
     if not self.by_step:
       self._clock.wait()
-      rest = self._place_batch(batches[done:], stacked=True)
+      rest = self._place_batch(batches, stacked=True)
       yield first + self._task.steps, self._call(self._scan, state, rest, None)
       return
-    for i, batch in enumerate(batches[done:], start=first + done):
+    for i, batch in enumerate(batches, start=first + done):
       self._clock.wait()
       ascend = None if self._ascend is None else bool(self._ascend(i))
       state = self._call(self._step_alone, state, self._place_batch(batch), ascend)
       yield i + 1, state
+      if i + 1 == first + self._task.steps:
+        return  # some streams go on for ever
 
   def _place_batch(self, batch: Any, stacked: bool = False) -> Any:
     if self._sharded is None:
@@ -99,7 +101,9 @@ class Program:
     shapes = tuple(np.shape(x) for x in jax.tree.leaves(batch))
     key = (function.__name__, ascend, shapes)
     if key not in self._compiled:
-      out = {} if self._sharded is None else {"out_shardings": self._replicated}
+      out: dict[str, Any] = {}
+      if self._sharded is not None:
+        out["out_shardings"] = self._replicated
       jitted = jax.jit(function, static_argnums=0, donate_argnums=1, **out)
       with self._clock.excluded():
         lowered = jitted.lower(ascend, state, self._data, batch, self._seed)

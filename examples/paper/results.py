@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 import contextlib
-import json
 import pathlib
 from typing import Any
 
-from examples.paper import logs
+from examples import records as rows
 from examples.paper.config import from_json
 from examples.paper.config import key_of
 
@@ -29,19 +28,14 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
   Raises:
     ValueError: for a line that is no run, with its number.
   """
-  if not path.exists():
-    return []
-  records = []
-  lines = path.read_text(encoding="utf-8").splitlines()
-  for number, line in enumerate(lines, start=1):
+  found = rows.read(path)
+  for number, record in enumerate(found, start=1):
     try:
-      record = json.loads(line)
       record["key"] = key_of(from_json(record["config"]))
       record["history"][-1]["epoch"]
     except (ValueError, LookupError, TypeError) as error:
       raise ValueError(f"{path}, line {number}: not a run: {error!r}") from error
-    records.append(record)
-  return records
+  return found
 
 
 def read_all(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -53,14 +47,19 @@ def add(path: pathlib.Path, record: dict[str, Any]) -> None:
   """Adds a run, in place of an earlier one of the same configuration."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with _locked(path):
-    records = [r for r in read(path) if r["key"] != record["key"]] + [record]
-    logs.write_whole(path, "".join(json.dumps(r) + "\n" for r in records))
+    others = [r for r in read(path) if r["key"] != record["key"]]
+    rows.write(path, [*others, record])
 
 
 def accuracy(record: dict[str, Any], best: bool = False) -> float:
   """Accuracy of the last epoch, or of the best that was looked at, in [0, 1]."""
   seen = [line["accuracy"] for line in record["history"] if "accuracy" in line]
   return max(seen) if best else seen[-1]
+
+
+def score(record: dict[str, Any]) -> float:
+  """What radii are chosen by, larger is better: BLEU of translators, else accuracy."""
+  return record["history"][-1].get("bleu", accuracy(record))
 
 
 def summary(record: dict[str, Any]) -> str:

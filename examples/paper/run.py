@@ -1,4 +1,4 @@
-"""Runs a list of runs, whatever is missing of it: ``python -m examples.paper.run PLAN``.
+"""Runs what is missing of a list of runs: ``python -m examples.paper.run PLAN``.
 
   python -m examples.paper.run small --data PATH --labels PATH --results results/paper
   python -m examples.paper.run cifar10 --data PATH --seeds 0 1 2 3 4

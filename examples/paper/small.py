@@ -39,8 +39,14 @@ NORMALIZATION = replace(
     examples=10_000, epochs=8, eval_every=8,
 )
 VIT = replace(
-    CIFAR10, name="vit-small", table="vit-small", model="vit_small", conv="lax", base="adamw",
-    learning_rate=1e-3, weight_decay=0.05, warmup=150,
+    CIFAR10, name="vit-small", table="vit-small", model="vit_small", conv="lax",
+    base="adamw", learning_rate=1e-3, weight_decay=0.05, warmup=150,
+)
+# Multi30k, German to English.
+TRANSLATION = Config(
+    name="multi30k", table="multi30k", dataset="parallel", model="transformer_small",
+    base="adamw", learning_rate=2e-3, schedule="inverse_sqrt", warmup=600, beta2=0.98,
+    weight_decay=1e-4, dropout=0.3, epochs=10, eval_every=5, vocabulary=4000,
 )
 
 
@@ -49,12 +55,14 @@ def row(config: Config, suffix: str, **fields: Any) -> Config:
   return replace(config, name=f"{config.name}-{suffix}", **fields)
 
 
-def basic(config: Config, plain: str = "sgd") -> list[Entry]:
+def basic(
+    config: Config, plain: str = "sgd", sam=SAM_RADII, asam=ASAM_RADII
+) -> list[Entry]:
   """The base optimizer at equal epochs and at equal cost, SAM and ASAM."""
   return [
       Entry(row(config, plain)),
-      Entry(row(config, "asam", method="asam"), sweep=Sweep(ASAM_RADII)),
-      Entry(row(config, "sam", method="sam"), sweep=Sweep(SAM_RADII)),
+      Entry(row(config, "asam", method="asam"), sweep=Sweep(asam)),
+      Entry(row(config, "sam", method="sam"), sweep=Sweep(sam)),
       Entry(row(config, f"{plain}-double", epochs=2 * config.epochs,
                 eval_every=2 * config.eval_every)),
   ]
@@ -91,4 +99,5 @@ PLAN: tuple[Entry, ...] = (
     *basic(CIFAR100),
     *(Entry(config, (0,)) for config in configs.normalization(NORMALIZATION)),
     *basic(VIT, "adamw"),
+    *basic(TRANSLATION, "adam", sam=(0.05, 0.1, 0.2), asam=(0.1, 0.2, 0.4)),
 )

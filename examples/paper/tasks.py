@@ -1,6 +1,5 @@
 """What the training loop must know of a task, and the choice of the task."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -57,8 +56,12 @@ class Task(Protocol):
     """Multiplications with additions of one example, going forward."""
     ...
 
-  def batches(self, epoch: int) -> Sequence[Any]:
-    """What each step of the epoch gets; a function of the seed and the epoch."""
+  def batches(self, epoch: int, done: int = 0) -> Any:
+    """What each step of the epoch gets, from that after so many on.
+
+    A function of the seed and the epoch: an array with the step as its first axis, or,
+    if not stackable, an iterator.
+    """
     ...
 
   def prepare(self, data: Any, batch: Any, key: jax.Array) -> Any:

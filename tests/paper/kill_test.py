@@ -19,7 +19,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[2]
 FIELDS = (
-    "fake", "--model", "resnet8", "--epochs", "4", "--batch-size", "16", "--examples", "128",
+    "fake", "--epochs", "4", "--batch-size", "16", "--examples", "128",
     "--method", "asam", "--rho", "0.5", "--checkpoint-steps", "3",
 )
 

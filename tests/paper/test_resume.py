@@ -22,7 +22,7 @@ from tests.paper.tiny import tiny  # noqa: F401
 replace = dataclasses.replace
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
   """In place of a kill, where no process is at hand."""
 
 
@@ -32,7 +32,7 @@ def stop_before_step(monkeypatch, step):
 
   def wait(self):
     if next(calls) == step:
-      raise Stopped
+      raise StoppedError
 
   monkeypatch.setattr(Clock, "wait", wait)
 
@@ -56,7 +56,7 @@ def test_stopped_again_and_again(method, rho, tmp_path, monkeypatch):
   for step in (2, 4, 7):
     with monkeypatch.context() as patch:
       stop_before_step(patch, step)
-      with pytest.raises(Stopped):
+      with pytest.raises(StoppedError):
         loop.run(config, here)
   record = loop.run(config, here).record
   assert comparable(record) == comparable(alone)
