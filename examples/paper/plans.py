@@ -22,7 +22,7 @@ class Sweep:
 
   radii: tuple[float, ...]
   validation: int = 5000
-  extensions: int = 2
+  extensions: int = 1
 
   def run(self, config: Config, rho: float) -> Config:
     """The run that judges a radius: the whole budget, and no look at the test set."""
