@@ -1,0 +1,138 @@
+"""Runs that differ in the seed alone, and what is said of them together."""
+
+from collections.abc import Iterable
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+from examples.paper import results
+from examples.paper.config import Config
+from examples.paper.config import from_json
+from examples.paper.config import key_of
+
+_LABELS = {
+    "plain": "",
+    "sam": "SAM",
+    "asam": "ASAM",
+    "momentum_sam": "Momentum-SAM",
+    "adaptive_momentum_sam": "adaptive Momentum-SAM",
+    "stale": "stale-gradient ASAM",
+    "ae_sam": "AE-SAM (T_w)",
+    "gsam": "GSAM (T_w)",
+    "vasso": "VaSSO (T_w)",
+    "friendly_sam": "Friendly SAM (T_w)",
+}
+_BASES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
+
+
+class Value(NamedTuple):
+  """A mean over seeds and its standard error, NaN of a single run."""
+
+  mean: float
+  error: float
+
+  def __str__(self) -> str:
+    if math.isnan(self.error):
+      return f"{self.mean:.2f}"
+    return f"{self.mean:.2f} ± {self.error:.2f}"
+
+
+def value(numbers: Iterable[float]) -> Value:
+  """Mean and standard error."""
+  numbers = list(numbers)
+  count, mean = len(numbers), sum(numbers) / len(numbers)
+  if count < 2:
+    return Value(mean, math.nan)
+  variance = sum((x - mean) ** 2 for x in numbers) / (count - 1)
+  return Value(mean, math.sqrt(variance / count))
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """The runs of one configuration.
+
+  Attributes:
+    config: of the first run.
+    runs: their records, by seed.
+  """
+
+  config: Config
+  runs: tuple[dict[str, Any], ...]
+
+  def last(self) -> Value:
+    """Accuracy after the last epoch, in percent."""
+    return value(100 * results.accuracy(run) for run in self.runs)
+
+  def best(self) -> Value:
+    """Accuracy of the best epoch that was looked at, chosen with the test set."""
+    return value(100 * results.accuracy(run, best=True) for run in self.runs)
+
+  def bleu(self) -> Value | None:
+    if any("bleu" not in run["history"][-1] for run in self.runs):
+      return None
+    return value(run["history"][-1]["bleu"] for run in self.runs)
+
+  def teraflop(self) -> float:
+    """Of a run's training: forward and backward are three times the forward pass."""
+    run = self.runs[0]
+    seen = run["examples"] * len(run["history"])
+    return 6 * run["multiply_adds"] * seen * run["gradients_per_step"] / 1e12
+
+  def minutes(self) -> float:
+    """Processor time of a run's training."""
+    return value(run["cpu_seconds"] / 60 for run in self.runs).mean
+
+  def gradients(self) -> float:
+    """Passes over the data, each perturbed one counted twice."""
+    return self.config.epochs * self.runs[0]["gradients_per_step"]
+
+  def curve(self) -> tuple[list[int], list[Value]]:
+    """(epochs that were looked at, accuracy in percent)."""
+    seen = [
+        {line["epoch"]: 100 * line["accuracy"] for line in run["history"]
+         if "accuracy" in line}
+        for run in self.runs
+    ]
+    epochs = sorted(set.intersection(*(set(one) for one in seen)))
+    return epochs, [value(one[epoch] for one in seen) for epoch in epochs]
+
+
+def group(records: Iterable[dict[str, Any]], swept: bool = False) -> list[Group]:
+  """Groups in the order of their first run; those of sweeps, or all others."""
+  found: dict[str, list[tuple[Config, dict[str, Any]]]] = {}
+  for record in records:
+    config = from_json(record["config"])
+    if (config.validation > 0) == swept:
+      key = key_of(dataclasses.replace(config, seed=0))
+      found.setdefault(key, []).append((config, record))
+  groups = []
+  for runs in found.values():
+    runs.sort(key=lambda run: run[0].seed)
+    groups.append(Group(runs[0][0], tuple(record for _, record in runs)))
+  return groups
+
+
+def label(config: Config, least_epochs: int | None = None) -> str:
+  """A method's name in a table; least_epochs: those that the others train for."""
+  base, method = _BASES[config.base], config.method
+  if method == "looksam":
+    name = f"LookSAM (T_w), every {config.every}th step"
+  elif method == "late":
+    name = f"ASAM in the last {config.last:.0%}".replace("%", " %")
+  else:
+    name = _LABELS[method]
+  if config.base != "sgd" and name:
+    name = f"{base} + {name}"
+  name = name or base
+  if least_epochs and config.epochs > least_epochs:
+    name += f", {config.epochs / least_epochs:g} × epochs"
+  return name
+
+
+def style_of(config: Config) -> str:
+  """The name that ``examples.style`` has for the method."""
+  names = {
+      "plain": "sgd", "momentum_sam": "momentum_plain",
+      "adaptive_momentum_sam": "momentum",
+  }
+  return names.get(config.method, config.method)

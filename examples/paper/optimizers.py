@@ -1,0 +1,204 @@
+"""A configuration's optimizer: a base, and what a method makes of it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+import asam_jax
+from examples.paper.config import Config
+from examples.paper.config import ConfigError
+
+
+class Recipe(NamedTuple):
+  """An optimizer and what the training loop must know of it.
+
+  Attributes:
+    tx: the optimizer; its update takes ``grad_fn``.
+    ascend: which steps take the second gradient, decided by the host from the step
+      count and passed to update as ``ascend``; None where the optimizer itself knows.
+    carried: whether the parameters rest at w + epsilon, so that
+      ``asam_jax.eval_params`` has those to judge.
+    gradients: gradients a step, on average.
+  """
+
+  tx: optax.GradientTransformationExtraArgs
+  ascend: Callable[[int], bool] | None = None
+  carried: bool = False
+  gradients: float = 2.0
+
+
+_Method = Callable[[optax.GradientTransformation, Config, int], Recipe]
+
+
+def _geometry(config: Config, normalization: str | None = None) -> dict[str, Any]:
+  """The keywords of the library's doors."""
+  everything = lambda path, leaf: True  # noqa: E731
+  return {
+      "eta": config.eta,
+      "p": config.p,
+      "normalization": normalization or config.normalization,
+      "normalize": everything if config.normalize_bias else None,
+  }
+
+
+def _link(config: Config, *before: Any) -> optax.GradientTransformation:
+  chain = optax.chain(*before, asam_jax.ascent(config.rho, **_geometry(config)))
+  return asam_jax.perturbed_gradient(chain)
+
+
+def _extra(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  return optax.with_extra_args_support(tx)
+
+
+def _plain(base_tx, config, total):
+  del config, total
+  return Recipe(_extra(base_tx), gradients=1.0)
+
+
+def _sam(base_tx, config, total):
+  del total
+  return Recipe(asam_jax.sam(base_tx, config.rho, config.p))
+
+
+def _asam(base_tx, config, total):
+  del total
+  return Recipe(asam_jax.adaptive_sam(base_tx, config.rho, **_geometry(config)))
+
+
+def _momentum(normalization: str | None) -> _Method:
+  def method(base_tx, config, total):
+    del total
+    geometry = _geometry(config, normalization)
+    tx = asam_jax.momentum_sam(base_tx, config.rho, **geometry)
+    return Recipe(tx, carried=True, gradients=1.0)
+
+  return method
+
+
+def _stale(base_tx, config, total):
+  del total
+  ascent_tx = asam_jax.ascent(config.rho, **_geometry(config))
+  return Recipe(asam_jax.carried(base_tx, ascent_tx), carried=True, gradients=1.0)
+
+
+def _sometimes(
+    base_tx, config, when, **options
+) -> optax.GradientTransformationExtraArgs:
+  link = asam_jax.sometimes(_link(config), when, **options)
+  return _extra(optax.chain(link, base_tx))
+
+
+def _looksam(base_tx, config, total):
+  del total
+  when = lambda step: step % config.every == 0  # noqa: E731
+  tx = _sometimes(base_tx, config, when, reuse=config.reuse)
+  return Recipe(tx, when, gradients=1 + 1 / config.every)
+
+
+def _late(base_tx, config, total):
+  first = round((1 - config.last) * total)
+  when = lambda step: step >= first  # noqa: E731
+  return Recipe(_sometimes(base_tx, config, when), when, gradients=1 + config.last)
+
+
+def _ae_sam(base_tx, config, total):
+  gate = asam_jax.above_average(optax.linear_schedule(1.0, -1.0, total))
+  # The gate looks at the gradient, so it decides on the device; half, by its design.
+  return Recipe(_sometimes(base_tx, config, gate), gradients=1.5)
+
+
+def _before(*links: Any) -> _Method:
+  def method(base_tx, config, total):
+    del total
+    return Recipe(_extra(optax.chain(_link(config, *links), base_tx)))
+
+  return method
+
+
+def _gsam(base_tx, config, total):
+  del total
+  link = asam_jax.combined(_link(config), asam_jax.surrogate_gap(0.4))
+  return Recipe(_extra(optax.chain(link, base_tx)))
+
+
+METHODS: dict[str, _Method] = {
+    "plain": _plain,
+    "sam": _sam,
+    "asam": _asam,
+    "momentum_sam": _momentum("none"),
+    "adaptive_momentum_sam": _momentum(None),
+    "stale": _stale,
+    "looksam": _looksam,
+    "late": _late,
+    "ae_sam": _ae_sam,
+    "gsam": _gsam,
+    "vasso": _before(optax.ema(0.6)),
+    "friendly_sam": _before(asam_jax.subtract_ema(0.9)),
+}
+
+# Methods whose T_w is 1 whatever the configuration says.
+UNNORMALIZED = ("plain", "sam", "momentum_sam")
+
+
+def check(config: Config) -> None:
+  """Raises ConfigError for an unknown method or a radius that does not go with it."""
+  if config.method not in METHODS:
+    names = ", ".join(METHODS)
+    raise ConfigError(f"method={config.method!r}: unknown; take one of {names}.")
+  if config.method == "plain" and config.rho:
+    raise ConfigError(
+        f"rho={config.rho}: the plain optimizer takes no radius; leave it 0, or choose"
+        " another method."
+    )
+  if config.method != "plain" and not config.rho:
+    raise ConfigError(
+        f"rho=0: method={config.method!r} needs a radius above 0, or it is the plain"
+        " optimizer at a higher price."
+    )
+
+
+def _inverse_sqrt(rate: float, first: int) -> optax.Schedule:
+  # join_schedules asks for steps below 0 too, and has no use for the answer.
+  return lambda step: rate * (first / (first + jnp.maximum(step, 0))) ** 0.5
+
+
+def learning_rate(config: Config, total: int) -> optax.Schedule:
+  """The learning rate at each of the total steps."""
+  rate, warmup = config.learning_rate, config.warmup
+  if warmup >= total:
+    raise ConfigError(f"warmup={warmup}: the whole run has {total} steps.")
+  if config.schedule == "cosine":
+    after = optax.cosine_decay_schedule(rate, total - warmup)
+  elif config.schedule == "inverse_sqrt":
+    after = _inverse_sqrt(rate, max(warmup, 1))
+  else:
+    after = optax.constant_schedule(rate)
+  if not warmup:
+    return after
+  rise = optax.linear_schedule(0.0, rate, warmup)
+  return optax.join_schedules([rise, after], [warmup])
+
+
+def base_optimizer(config: Config, total: int) -> optax.GradientTransformation:
+  """The base optimizer, with clipping and weight decay inside."""
+  rate, decay = learning_rate(config, total), config.weight_decay
+  links = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+  if config.base != "adamw" and decay:
+    links.append(optax.add_decayed_weights(decay))
+  if config.base == "sgd":
+    links.append(optax.sgd(rate, momentum=config.momentum or None))
+  elif config.base == "adam":
+    links.append(optax.adam(rate, config.momentum, config.beta2))
+  else:
+    links.append(
+        optax.adamw(rate, config.momentum, config.beta2, weight_decay=decay)
+    )
+  return optax.chain(*links)
+
+
+def make(config: Config, total: int) -> Recipe:
+  """The optimizer of a configuration for a run of so many steps."""
+  check(config)
+  return METHODS[config.method](base_optimizer(config, total), config, total)

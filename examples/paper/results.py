@@ -1,0 +1,83 @@
+"""The finished runs, as JSON lines: one file a table, one line a run."""
+
+from collections.abc import Iterator
+import contextlib
+import pathlib
+from typing import Any
+
+from examples import records as rows
+from examples.paper.config import from_json
+from examples.paper.config import key_of
+
+try:
+  import fcntl
+except ImportError:  # no locks on this system: one process at a time, then
+  fcntl = None
+
+
+def path_of(folder: pathlib.Path, table: str) -> pathlib.Path:
+  return folder / f"{table}.jsonl"
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The runs of a table; none where there is no file.
+
+  The key is made anew from the configuration, in which fields that came later have
+  their defaults.
+
+  Raises:
+    ValueError: for a line that is no run, with its number.
+  """
+  found = rows.read(path)
+  for number, record in enumerate(found, start=1):
+    try:
+      record["key"] = key_of(from_json(record["config"]))
+      record["history"][-1]["epoch"]
+    except (ValueError, LookupError, TypeError) as error:
+      raise ValueError(f"{path}, line {number}: not a run: {error!r}") from error
+  return found
+
+
+def read_all(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """The runs of all tables in a folder."""
+  return [r for path in sorted(folder.glob("*.jsonl")) for r in read(path)]
+
+
+def add(path: pathlib.Path, record: dict[str, Any]) -> None:
+  """Adds a run, in place of an earlier one of the same configuration."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with _locked(path):
+    others = [r for r in read(path) if r["key"] != record["key"]]
+    rows.write(path, [*others, record])
+
+
+def accuracy(record: dict[str, Any], best: bool = False) -> float:
+  """Accuracy of the last epoch, or of the best that was looked at, in [0, 1]."""
+  seen = [line["accuracy"] for line in record["history"] if "accuracy" in line]
+  return max(seen) if best else seen[-1]
+
+
+def score(record: dict[str, Any]) -> float:
+  """What radii are chosen by, larger is better: BLEU of translators, else accuracy."""
+  return record["history"][-1].get("bleu", accuracy(record))
+
+
+def summary(record: dict[str, Any]) -> str:
+  """A run in a few words."""
+  last = record["history"][-1]
+  words = [f"accuracy {100 * accuracy(record):.2f} %"]
+  if "bleu" in last:
+    words.append(f"BLEU {last['bleu']:.2f}")
+  if record.get("diverged"):
+    words.append("diverged")
+  return ", ".join([*words, f"{record['seconds']:.0f} s of training"])
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+  if fcntl is None:
+    yield
+    return
+  with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
