@@ -55,9 +55,10 @@ def _project_onto_diamond(delta: Delta, rho: Any) -> Delta:
   start = (*newton(jnp.ones_like, lax.stop_gradient(sizes)), True)
   t, *_ = lax.while_loop(lambda carry: carry[2], step, lax.stop_gradient(start))
   t, _ = newton(lambda a: a > t, sizes)  # once more, for the slope
-  shrunk = [jnp.maximum(a - t, 0) for a in sizes]
-  moved = [jnp.sign(d) * a for d, a in zip(delta, shrunk, strict=True)]
-  return [jnp.where(inside, d, m) for d, m in zip(delta, moved, strict=True)]
+  return [
+      jnp.where(inside, d, jnp.sign(d) * jnp.maximum(a - t, 0))
+      for d, a in zip(delta, sizes, strict=True)
+  ]
 
 
 def uniform(coordinates: Coordinates, key: jax.Array, rho: Any, p: float) -> Delta:
