@@ -205,7 +205,8 @@ class LeafRule(NamedTuple):
       fits = np.broadcast_shapes(shape, w.shape) == w.shape
     except ValueError:
       fits = False
-    real = isinstance(t, (int, float)) or hasattr(t, "dtype") and _arguments.is_float(t)
+    is_array = hasattr(t, "dtype")
+    real = _arguments.is_float(t) if is_array else isinstance(t, (int, float))
     if not (fits and real):
       raise ValueError(
           f"normalization={self.operator!r} gives T of shape {shape} and dtype"

@@ -1,4 +1,3 @@
-# ruff: noqa: E731  (one line reads best as a lambda)
 """Bad input to measures and landscapes: each error names the argument.
 
 A table of calls, arguments and kinds of bad values; and what must not be refused.
