@@ -210,8 +210,8 @@ def tree_like(
   return tree
 
 
-def arrays(argument: str, tree: Any) -> Any:
-  """Raises unless it is a pytree of real arrays or numbers, finite where concrete."""
+def arrays(argument: str, tree: Any, finite: bool = False) -> Any:
+  """Raises unless it is a pytree of real arrays or numbers, with at least one."""
   pairs = jtu.tree_leaves_with_path(tree)
   if not pairs:
     raise TypeError(f"{argument}={_shown(tree)} has no arrays; give a pytree of them.")
@@ -221,8 +221,8 @@ def arrays(argument: str, tree: Any) -> Any:
       raise TypeError(
           f"{argument}{jtu.keystr(path)} is {_shown(x)}; give a pytree of real arrays."
       )
-  concrete = [x for _, x in pairs if is_concrete(x)]
-  if not all(bool(jnp.all(jnp.isfinite(jnp.asarray(x)))) for x in concrete):
+  concrete = [jnp.asarray(x) for _, x in pairs if is_float(x) and is_concrete(x)]
+  if finite and not all(bool(jnp.isfinite(x).all()) for x in concrete):
     raise ValueError(f"{argument} has NaN or inf among its numbers; give finite ones.")
   return tree
 

@@ -35,6 +35,7 @@ class Coordinates:
 
   @classmethod
   def build(cls, params: Any, geometry: Geometry) -> "Coordinates":
+    _arguments.arrays("params", params)
     _arguments.instance("geometry", geometry, Geometry)
     eta = _arguments.fixed_scalar("eta", geometry.eta)
     rules = geometry.rules(params)

@@ -205,7 +205,9 @@ class LeafRule(NamedTuple):
       fits = np.broadcast_shapes(shape, w.shape) == w.shape
     except ValueError:
       fits = False
-    if not (fits and (isinstance(t, (int, float)) or _arguments.is_float(t))):
+    is_array = hasattr(t, "dtype")
+    real = _arguments.is_float(t) if is_array else isinstance(t, (int, float))
+    if not (fits and real):
       raise ValueError(
           f"normalization={self.operator!r} gives T of shape {shape} and dtype"
           f" {dtype} for the leaf {jtu.keystr(self.path)} of shape {w.shape}; T must"
@@ -361,6 +363,6 @@ class Geometry:
 def sum_dtype(rules: list[LeafRule]) -> Any:
   """Float32, or float64 if a perturbed leaf is."""
   leaves = [rule.leaf for rule in rules if rule.perturbed]
-  return jnp.result_type(
-      jnp.float32, *[w.dtype if hasattr(w, "dtype") else jnp.float32 for w in leaves]
-  )
+  dtypes = [w.dtype if hasattr(w, "dtype") else jnp.float32 for w in leaves]
+  # NumPy's float64 leaves are float32 in JAX unless 64 bits are enabled.
+  return jnp.result_type(jnp.float32, *map(jax.dtypes.canonicalize_dtype, dtypes))

@@ -107,7 +107,7 @@ def direction(
 
 def _needed(kind: str, loss: Any) -> Callable[[Any], Any]:
   if loss is None:
-    raise ValueError(f"kind={kind!r} with loss=None: pass loss(params) -> scalar.")
+    raise ValueError(f"loss=None: kind={kind!r} needs loss(params) -> scalar.")
   return _arguments.loss(loss)
 
 

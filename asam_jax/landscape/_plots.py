@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from asam_jax import _arguments
 from asam_jax.landscape import _slices
 
 
@@ -18,6 +19,9 @@ def plot_line(lines: Mapping[str, _slices.Line], ax: Any = None) -> Any:
   Returns:
     The Matplotlib axes.
 
+  Raises:
+    TypeError: if an argument is not of the type above.
+
   Examples:
     >>> import jax.numpy as jnp
     >>> import matplotlib; matplotlib.use("agg")
@@ -27,6 +31,9 @@ def plot_line(lines: Mapping[str, _slices.Line], ax: Any = None) -> Any:
     >>> print(ax.get_xlabel())
     position / $\rho$
   """
+  _arguments.instance("lines", lines, Mapping)
+  for label, line in lines.items():
+    _arguments.instance(f"lines[{label!r}]", line, _slices.Line)
   ax = _axes(ax)
   ax.axvspan(-1, 1, color="0.92", zorder=0)
   for label, line in lines.items():
@@ -49,6 +56,10 @@ def plot_surface(surface: _slices.Surface, ax: Any = None, levels: int = 20) -> 
   Returns:
     The Matplotlib axes.
 
+  Raises:
+    TypeError: if an argument is not of the type above.
+    ValueError: if levels is below 1.
+
   Examples:
     >>> import jax, jax.numpy as jnp
     >>> import matplotlib; matplotlib.use("agg")
@@ -58,6 +69,8 @@ def plot_surface(surface: _slices.Surface, ax: Any = None, levels: int = 20) -> 
     >>> result = landscape.surface(lambda w: jnp.sum(w**2), w, ds, points=9)
     >>> ax = landscape.plot_surface(result)
   """
+  _arguments.instance("surface", surface, _slices.Surface)
+  _arguments.count("levels", levels)
   ax = _axes(ax)
   _contours(ax, surface, levels)
   ax.plot(*np.asarray(surface.ball).T, color="crimson", linewidth=1.5)
@@ -87,6 +100,10 @@ def plot_plane(
   Returns:
     The Matplotlib axes.
 
+  Raises:
+    TypeError: if an argument is not of the type above.
+    ValueError: if levels is below 1.
+
   Examples:
     >>> import jax.numpy as jnp
     >>> import matplotlib; matplotlib.use("agg")
@@ -95,6 +112,10 @@ def plot_plane(
     >>> plane = landscape.plane(lambda w: jnp.sum(w**2), corners, points=9)
     >>> ax = landscape.plot_plane(plane, ("SGD", "SAM", "ASAM"))
   """
+  _arguments.instance("plane", plane, _slices.Plane)
+  _arguments.count("levels", levels)
+  if not isinstance(labels, (tuple, list)) or len(labels) != 3:
+    raise TypeError(f"labels={labels!r} must be three names, one per checkpoint.")
   ax = _axes(ax)
   _contours(ax, plane, levels)
   for (x, y), label in zip(np.asarray(plane.corners), labels, strict=True):
@@ -117,6 +138,8 @@ def _contours(ax, result, levels: int) -> None:
 
 def _axes(ax: Any) -> Any:
   if ax is not None:
+    if not hasattr(ax, "contourf"):
+      raise TypeError(f"ax={ax!r} must be the axes of a Matplotlib figure.")
     return ax
   from matplotlib import pyplot  # only those who draw need it
 

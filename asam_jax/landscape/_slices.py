@@ -108,7 +108,7 @@ def line(
   loss = _arguments.loss(loss)
   _arguments.fixed_scalar("rho", rho)
   x = _positions(extent, points)
-  _arguments.arrays("params", params)
+  _arguments.arrays("params", params, finite=True)
   _direction("direction", direction, params)
   values = _sweep(loss, params, [direction], jnp.asarray(x * rho)[:, None])
   return Line(jnp.asarray(x), values, jnp.asarray(rho, values.dtype))
@@ -164,7 +164,7 @@ def surface(
   loss = _arguments.loss(loss)
   _arguments.fixed_scalar("rho", rho)
   _arguments.instance("geometry", geometry, Geometry)
-  _arguments.arrays("params", params)
+  _arguments.arrays("params", params, finite=True)
   directions = _entries("directions", directions, 2)
   for i, d in enumerate(directions):
     _direction(f"directions[{i}]", d, params)
@@ -223,7 +223,7 @@ def plane(
   origin = checkpoints[0]
   for i, other in enumerate(checkpoints):
     name = f"checkpoints[{i}]"
-    _arguments.arrays(name, other)
+    _arguments.arrays(name, other, finite=True)
     _arguments.tree_like(name, other, origin, "checkpoints[0]")
   u, v = (_trees.map_floats(jnp.subtract, c, origin) for c in checkpoints[1:])
   width = _trees.norm(u)
@@ -293,7 +293,7 @@ def _grid(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _direction(argument: str, direction: Any, params: Any) -> None:
   _arguments.tree_like(argument, direction, params)
-  _arguments.arrays(argument, direction)
+  _arguments.arrays(argument, direction, finite=True)
 
 
 def _entries(argument: str, trees: Any, number: int) -> list[Any]:

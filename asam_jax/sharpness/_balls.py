@@ -41,23 +41,25 @@ def _project_onto_diamond(delta: Delta, rho: Any) -> Delta:
   inside = _trees.norm(delta, 1) <= rho
   sizes = [jnp.abs(d) for d in delta]
 
-  def newton(mask_of, sizes):
-    masks = [mask_of(a) for a in sizes]
-    count = sum(jnp.sum(mask).astype(rho.dtype) for mask in masks)
-    total = _trees.total_of([a * m for a, m in zip(sizes, masks, strict=True)])
-    return (total - rho) / jnp.maximum(count, 1), count
+  def newton(t, sizes):
+    larger = [a > t for a in sizes]
+    count = sum(jnp.sum(mask).astype(rho.dtype) for mask in larger)
+    total = _trees.total_of([a * mask for a, mask in zip(sizes, larger, strict=True)])
+    # None is larger where rounding took t to the top, as it does for tiny radii.
+    return jnp.where(count > 0, (total - rho) / jnp.maximum(count, 1), t), count
 
   def step(carry):
     t, count, _ = carry
-    closer, fewer = newton(lambda a: a > t, lax.stop_gradient(sizes))
+    closer, fewer = newton(t, lax.stop_gradient(sizes))
     return closer, fewer, fewer < count
 
-  start = (*newton(jnp.ones_like, lax.stop_gradient(sizes)), True)
+  start = (*newton(jnp.array(-1, rho.dtype), lax.stop_gradient(sizes)), True)
   t, *_ = lax.while_loop(lambda carry: carry[2], step, lax.stop_gradient(start))
-  t, _ = newton(lambda a: a > t, sizes)  # once more, for the slope
-  shrunk = [jnp.maximum(a - t, 0) for a in sizes]
-  moved = [jnp.sign(d) * a for d, a in zip(delta, shrunk, strict=True)]
-  return [jnp.where(inside, d, m) for d, m in zip(delta, moved, strict=True)]
+  t, _ = newton(t, sizes)  # once more, for the slope
+  return [
+      jnp.where(inside, d, jnp.sign(d) * jnp.maximum(a - t, 0))
+      for d, a in zip(delta, sizes, strict=True)
+  ]
 
 
 def uniform(coordinates: Coordinates, key: jax.Array, rho: Any, p: float) -> Delta:

@@ -94,6 +94,7 @@ def m_sharpness(
   m = _arguments.count("m", m, 1)
   _arguments.function("loss", loss, "of the parameters and a batch")
   _arguments.function("measure", measure, "(loss, params, key=..., **options)")
+  _arguments.flag("progress", progress)
   if mesh is not None:
     _arguments.instance("mesh", mesh, jax.sharding.Mesh)
   if mesh is not None and len(mesh.axis_names) != 1:
@@ -113,6 +114,7 @@ def m_sharpness(
   lanes = 1 if mesh is None else mesh.size
 
   def over_data(params, data, key=None) -> MSharpness:
+    _arguments.arrays("params", params)
     n = _length(data)
     key = _arguments.random_key(key)
     whole = n // m

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
@@ -127,7 +128,8 @@ def rank_correlation(
 
 def _vector(argument: str, values: Any) -> np.ndarray:
   numbers = np.asarray(values)
-  if not np.isrealobj(numbers) or numbers.dtype.kind not in "iuf":
+  is_real = jnp.issubdtype(numbers.dtype, jnp.floating)
+  if not (is_real or jnp.issubdtype(numbers.dtype, jnp.integer)):
     raise TypeError(f"{argument}={values!r} must be a vector of real numbers.")
   values = numbers.astype(np.float64)
   if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
@@ -155,7 +157,8 @@ def _names(along: Any) -> list[str]:
 
 
 def _check(measure, gap, columns, along, level) -> None:
-  for name, column in {"gap": gap, **columns}.items():
+  named = {f"settings[{name!r}]": column for name, column in columns.items()}
+  for name, column in {"gap": gap, **named}.items():
     if column.shape != measure.shape:
       raise ValueError(
           f"{name} has shape {column.shape}, but measure has {measure.shape}; give"

@@ -22,6 +22,7 @@ import optax
 import tqdm
 import tyro
 
+import asam_jax
 from asam_jax import sharpness
 from examples import records as rows
 from examples import sharpness_report
@@ -88,9 +89,11 @@ def mean_sharpness(
       logits = task.logits(params, variables, images)
       return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
+    geometry = asam_jax.Geometry(
+        0.0, p, normalization, normalize=lambda path, leaf: True
+    )
     return sharpness.worst_case(
-        loss, params, rho, 0.0, p, steps=arguments.steps, restarts=0,
-        normalization=normalization, normalize=lambda path, leaf: True,
+        loss, params, rho, geometry=geometry, steps=arguments.steps, restarts=0
     ).value
 
   starts = range(0, len(labels), arguments.batch)

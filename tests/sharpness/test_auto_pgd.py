@@ -64,8 +64,8 @@ def auto_pgd(value, gradient, w, p, steps):
   decisions = []
   for k in range(steps):
     z = project(x + step * ascend(gradient(w + x), p), p)
-    blended = project(x + 0.75 * (z - x) + 0.25 * (x - x_before), p)
-    x_before, x = x, z if k == 0 else blended
+    mixed = project(x + 0.75 * (z - x) + 0.25 * (x - x_before), p)
+    x_before, x = x, z if k == 0 else mixed
     values.append(value(w + x))
     improved += values[-1] > here
     here = values[-1]

@@ -61,17 +61,15 @@ def test_equals_one_device_on_an_explicit_mesh():
     pytest.skip(f"JAX {jax.__version__} has no explicit meshes")
   mesh = jax.make_mesh((jax.device_count(),), ("d",), **axis_types("Explicit"))
   params = parameters()
+  worst = MEASURES["worst case"]
 
-  def whole(w):
-    return jax.tree.map(lambda x: jax.sharding.reshard(x, SPEC()), w)
+  def of_whole(w):
+    return loss(jax.tree.map(lambda x: jax.sharding.reshard(x, SPEC()), w))
 
-  run = jax.jit(lambda w: MEASURES["worst case"](
-      lambda w: loss(whole(w)), w, Geometry()))
   with jax.set_mesh(mesh):
     placed = jax.device_put(params, jax.sharding.NamedSharding(mesh, SPEC("d")))
-    result = run(placed)
-  measure = lambda w: MEASURES["worst case"](loss, w, Geometry()).value  # noqa: E731
-  expected = jax.jit(measure)(params)
+    result = jax.jit(lambda w: worst(of_whole, w, Geometry()))(placed)
+  expected = jax.jit(lambda w: worst(loss, w, Geometry()).value)(params)
   np.testing.assert_allclose(result.value, expected, rtol=1e-4)
   for x, w in zip(
       jax.tree.leaves(result.perturbation), jax.tree.leaves(placed), strict=True):

@@ -252,6 +252,28 @@ def test_projection_is_the_nearest_point(p):
 
 
 @pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_slope_of_the_projection(p):
+  with problems.enable_x64(True):
+    rng = np.random.default_rng(1)
+    x, direction, weights = rng.normal(size=(3, 6))
+    at = lambda x: weights @ _balls.project([x], 1.0, p)[0]
+    slope = jax.jit(jax.grad(at))(x) @ direction
+    h = 1e-6
+    run = jax.jit(at)
+    expected = (run(x + h * direction) - run(x - h * direction)) / (2 * h)
+    np.testing.assert_allclose(slope, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("point", [[1.0, 1.0, -1.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+@pytest.mark.parametrize("rho", [0.0, 1.5])
+def test_projection_onto_a_diamond_with_ties(point, rho):
+  found = _balls.project([jnp.array(point)], rho, 1)[0]
+  length = np.abs(point).sum()
+  expected = np.array(point) * min(1, rho / max(length, 1e-9))  # ties shrink alike
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
 def test_uniform_draws_fill_the_ball(p):
   coordinates = Coordinates.build(jnp.ones(3), Geometry(normalization="none"))
   draw = lambda k: _balls.uniform(coordinates, k, 2.0, p)[0]
