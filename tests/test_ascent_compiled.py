@@ -120,6 +120,8 @@ def test_derivatives_of_both_spellings_agree(accelerated, p):
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("p", EXPONENTS)
 def test_in_shard_map(accelerated, spelling, check, p):
+  if check and CHECK == "check_rep":
+    pytest.skip(f"the check of JAX {jax.__version__} has no rule for while loops")
   devices = jax.devices()[:2]
   mesh = jax.sharding.Mesh(np.array(devices), ("d",))
   rows, whole = PartitionSpec("d"), PartitionSpec()
