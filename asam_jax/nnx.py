@@ -200,7 +200,10 @@ def grad(
 
 
 def microbatched(
-    fun: Callable[..., Any], size: int, argnums: int | Sequence[int] = 1
+    fun: Callable[..., Any],
+    size: int,
+    argnums: int | Sequence[int] = 1,
+    weights: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
   """:func:`asam_jax.microbatched` for functions of modules, such as NNX's gradients.
 
@@ -213,6 +216,8 @@ def microbatched(
       ``nnx.value_and_grad(loss_fn)``.
     size: the number of rows in a microbatch; it must divide the batch.
     argnums: which positional arguments are the batch.
+    weights: a function of the batch arguments that gives the weight of one
+      microbatch; see :func:`asam_jax.microbatched`.
 
   Returns:
     A function with the arguments and results of ``fun``.
@@ -229,7 +234,7 @@ def microbatched(
     >>> in_pieces = asam_jax.nnx.microbatched(nnx.value_and_grad(loss), size=2)
     >>> value, grads = in_pieces(model, jnp.ones((8, 3)))
   """
-  places = _microbatched.checked_places(fun, size, argnums)
+  places = _microbatched.checked_places(fun, size, argnums, weights)
 
   @functools.wraps(fun)
   def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -242,7 +247,7 @@ def microbatched(
       result = fun(*_microbatched.replaced(rest, places, piece), **kwargs)
       return nnx.state((rest, kwargs)), result
 
-    state, result = _microbatched.averaged(on_piece, state, batch, size)
+    state, result = _microbatched.averaged(on_piece, state, batch, size, weights)
     nnx.update((rest, kwargs), state)
     return result
 

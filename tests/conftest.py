@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 # For the multi-device tests.
-DEVICES = "--xla_force_host_platform_device_count=4"
+DEVICES = "--xla_force_host_platform_device_count=8"
 # Most of the suite's time would go into compiling small programs well. Whoever wants
 # what users run sets ASAM_JAX_TESTS_OPTIMIZED; the suite then takes twice as long.
 QUICK = (

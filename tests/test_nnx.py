@@ -303,3 +303,19 @@ def test_a_schedule_is_no_radius():
     asam_jax.nnx.value_and_grad(loss_fn, rho=lambda step: 0.1, has_aux=True)(
         Model(nnx.Rngs(0)), X, Y
     )
+
+
+def test_weights_of_microbatches():
+  model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+  x = jnp.arange(18.0).reshape(6, 3) / 9
+  v = jnp.array([1.0, 2.0, 0.5, 0.0, 0.0, 0.0])  # half of it is padding
+
+  def loss(model, x, v):
+    return jnp.sum(v * model(x)[:, 0] ** 2) / jnp.sum(v)
+
+  split = functools.partial(
+      asam_jax.nnx.microbatched, argnums=(1, 2), weights=lambda x, v: jnp.sum(v)
+  )
+  got = split(nnx.value_and_grad(loss), 1)(model, x, v)
+  expected = nnx.value_and_grad(loss)(model, x[:3], v[:3])
+  chex.assert_trees_all_close(got, expected, rtol=1e-5)

@@ -263,8 +263,7 @@ def test_nan_gradients_are_not_hidden(name):
 
 @ROWS
 def test_sharded_is_unsharded(name):
-  devices = np.array(jax.devices())
-  assert devices.size == 4, "conftest.py asks for four host devices"
+  devices = np.array(jax.devices()[:4])
   mesh = Mesh(devices.reshape(2, 2), ("data", "model"))
   x = jax.random.normal(jax.random.key(0), (16, 8))
   y = jax.random.normal(jax.random.key(1), (16, 4))

@@ -276,7 +276,7 @@ def test_pmap(door, average):
 def test_shard_map(door, average):
   params, x, y = batch()
   expected = (common_reference if average else per_device_reference)(params, x, y)
-  mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("batch",))
   spec = jax.sharding.PartitionSpec
 
   def step(params, x, y):
@@ -301,7 +301,7 @@ def test_shard_map(door, average):
 
 def test_one_all_reduce_for_a_per_device_ascent():
   params, x, y = batch()
-  mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("batch",))
   spec = jax.sharding.PartitionSpec
   counts = {}
   for average in (False, True):
