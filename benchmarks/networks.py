@@ -67,17 +67,24 @@ class Problem(NamedTuple):
   batch: tuple[jax.Array, jax.Array]
 
 
-def problem(name: str, batch_size: int, **options: Any) -> Problem:
-  """The network of that name on normal inputs and random labels."""
+def problem(
+    name: str, batch_size: int, dtype: str = "float32", **options: Any
+) -> Problem:
+  """The network of that name on normal inputs and random labels, in one dtype."""
   kind, shape = NETWORKS[name]
   network = kind(**options)
-  x = jax.random.normal(jax.random.key(0), (batch_size, *shape))
+  x = jax.random.normal(jax.random.key(0), (batch_size, *shape)).astype(dtype)
   y = jax.random.randint(jax.random.key(1), (batch_size,), 0, 10)
 
   def loss(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
     x, y = batch
     logits = network.apply(params, x)
     assert isinstance(logits, jax.Array)
+    logits = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-  return Problem(lambda: network.init(jax.random.key(2), x), loss, (x, y))
+  def init() -> Any:
+    params = network.init(jax.random.key(2), x)
+    return jax.tree.map(lambda w: w.astype(dtype), params)
+
+  return Problem(init, loss, (x, y))

@@ -45,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
   add("--batch-size", type=count, default=64, help="number of examples in a step")
   add("--width", type=count, default=16,
       help="number of channels of the ResNet's first stage")
+  add("--dtype", choices=["float32", "bfloat16"], default="float32",
+      help="dtype of the networks' weights, inputs and activations")
   add("--repeats", type=int, default=31,
       help="number of rounds, in each of which every method is measured")
   add("--sample-seconds", default=0.03,
@@ -100,7 +102,7 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
   first = rows[0]
   title = (
       f"Step of the {first['part']}, {first['parameters']:,} parameters, batch"
-      f" {first['batch_size']}"
+      f" {first['batch_size']}, {first['dtype']}"
   )
   header = [
       "method",
@@ -144,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         print(f"\n{perturbation_table(rows)}", flush=True)
         results += rows
     else:
-      extra = {"width": values.width} if part == "resnet" else {}
+      extra = {"dtype": values.dtype}
+      extra |= {"width": values.width} if part == "resnet" else {}
       rows = steps.measure(
           part,
           values.batch_size,

@@ -72,11 +72,11 @@ def sam_point(params: Any, grads: Any) -> Any:
 
 
 def one_call(tx: Any, value_and_grad: Any, extra: Any = None) -> Step:
-  """A step whose optimizer is called once; ``extra(batch)`` are its arguments."""
+  """A step whose optimizer is called once with the arguments ``extra(batch, loss)``."""
 
   def step(params, state, batch):
     value, grads = value_and_grad(params, batch)
-    extra_args = extra(batch) if extra else {}
+    extra_args = extra(batch, value) if extra else {}
     updates, state = tx.update(grads, state, params, **extra_args)
     return optax.apply_updates(params, updates), state, value
 
@@ -90,10 +90,13 @@ def steps(loss: Any) -> dict[str, Step]:
   opaque = optax.contrib.sam(base_optimizer(), adversary, opaque_mode=True)
   transparent = one_call(optax.contrib.sam(base_optimizer(), adversary), plain)
 
-  def ours(batch):
+  def ours(batch, _):
     return {"grad_fn": lambda params: jax.grad(loss)(params, batch)}
 
-  def theirs(batch):
+  def with_losses(batch, value):
+    return {"value": value, "value_fn": lambda params: loss(params, batch)}
+
+  def theirs(batch, _):
     return {"grad_fn": lambda params, _: jax.grad(loss)(params, batch)}
 
   methods = {
@@ -101,6 +104,10 @@ def steps(loss: Any) -> dict[str, Step]:
       "ASAM by hand": two_gradients_by_hand(loss, asam_point),
       "adaptive_sam": one_call(
           asam_jax.adaptive_sam(base_optimizer(), RHO, ETA), plain, ours
+      ),
+      "adaptive_sam, with_info": one_call(
+          asam_jax.adaptive_sam(base_optimizer(), RHO, ETA, with_info=True),
+          plain, with_losses,
       ),
       "value_and_grad": one_call(
           base_optimizer(), asam_jax.value_and_grad(loss, rho=RHO, eta=ETA)
@@ -207,6 +214,7 @@ def measure(
         "part": network,
         "parameters": sum(w.size for w in jax.tree.leaves(start)),
         "batch_size": batch_size,
+        "dtype": str(jax.tree.leaves(start)[0].dtype),
         "method": name,
         "ratio": timing.quartiles(times[name] / times["plain SGD"]),
         "by_hand": by_hand,
