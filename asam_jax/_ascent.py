@@ -131,6 +131,11 @@ def from_geometry(
           "params=None: the perturbation depends on the parameters; call"
           " update(grads, state, params, ...)."
       )
+    if state.count is None and (callable(rho) or callable(stabilizer)):
+      raise TypeError(
+          "rho or eta is a schedule, but a function transformation has no step count;"
+          " pass its value: ascent(rho=schedule(step))."
+      )
     rules = geometry.rules(params)
     _arguments.tree_like("the gradient", updates, params)
     dtype = state.dual_norm.dtype

@@ -6,7 +6,6 @@ import math
 from typing import Any, NamedTuple
 
 from jax import tree_util as jtu
-import jax.numpy as jnp
 import optax
 
 from asam_jax import _geometry as _g
@@ -103,7 +102,7 @@ def describe(
 
 
 def _described(rule: _g.LeafRule) -> LeafDescription:
-  shape = tuple(jnp.shape(rule.leaf))
+  shape = tuple(getattr(rule.leaf, "shape", ()))
   operator, axis = _g.built_in(rule.operator), None
   if operator == "filterwise":
     keywords = getattr(rule.operator, "keywords", {})

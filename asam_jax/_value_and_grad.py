@@ -172,7 +172,7 @@ class Door:
       given |= {
           field.name: getattr(self.geometry, field.name)
           for field in dataclasses.fields(default)
-          if getattr(self.geometry, field.name) is not getattr(default, field.name)
+          if _differs(getattr(self.geometry, field.name), getattr(default, field.name))
       }
     if given:
       raise ValueError(
@@ -207,6 +207,11 @@ class Door:
     return *result, _info.measured(self.geometry, passes, plain)
 
 
+def _differs(value: Any, default: Any) -> bool:
+  """Whether an argument was given; arrays are no defaults, and may be traced."""
+  return isinstance(value, jax.Array) or (value is not default and value != default)
+
+
 def _stateless(state: Any) -> Any:
   """The state of an ascent chain without step counts; raises if it keeps more."""
   stops = (_ascent.AscentState, StochasticRoundingState)
@@ -219,7 +224,10 @@ def _stateless(state: Any) -> Any:
         " in the optimizer instead."
     )
   return jax.tree.unflatten(
-      treedef, [x._replace(count=None) if hasattr(x, "count") else x for x in leaves]
+      treedef, [
+          x._replace(count=None) if isinstance(x, _ascent.AscentState) else x
+          for x in leaves
+      ]
   )
 
 

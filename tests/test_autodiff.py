@@ -196,3 +196,94 @@ def test_errors():
     asam_jax.value_and_grad(loss, average_ascent=True)
   with pytest.raises(ValueError, match="rho=-1 must be a finite number"):
     asam_jax.grad(loss, rho=-1)
+
+
+# Ascent chains and accumulation.
+
+
+def link_gradient(ascent_tx, w):
+  """What the Optax link makes of the same chain."""
+  link = asam_jax.perturbed_gradient(ascent_tx)
+  grad_fn = lambda w: jax.grad(loss)(w, X)  # noqa: E731
+  return link.update(grad_fn(w), link.init(w), w, grad_fn=grad_fn)[0]
+
+
+@pytest.mark.parametrize("make", [
+    lambda: asam_jax.ascent(0.3, p=3),
+    lambda: asam_jax.iterated(asam_jax.ascent(0.3), 3),
+    lambda: optax.chain(asam_jax.ascent(0.3), asam_jax.stochastic_rounding(7)),
+], ids=["ascent", "iterated", "stochastic rounding"])
+def test_any_ascent_chain_without_a_state(make):
+  for door in (asam_jax.grad, lambda *args, **kw: jax.jit(asam_jax.grad(*args, **kw))):
+    got = door(loss, ascent=make())(W, X)
+    chex.assert_trees_all_close(got, link_gradient(make(), W), rtol=1e-5)
+
+
+def test_an_ascent_chain_needs_no_optimizer_state():
+  for chain in (
+      optax.chain(optax.ema(0.9), asam_jax.ascent(0.3)),
+      optax.chain(asam_jax.subtract_ema(0.9), asam_jax.ascent(0.3)),
+  ):
+    with pytest.raises(ValueError, match="keeps a state between steps"):
+      asam_jax.grad(loss, ascent=chain)(W, X)
+  for schedule in ({"rho": optax.constant_schedule(0.1)}, {"eta": lambda n: 0.1}):
+    with pytest.raises(TypeError, match="is a schedule, but a function transformation"):
+      asam_jax.grad(loss, ascent=asam_jax.ascent(**schedule))(W, X)
+
+
+def test_an_ascent_chain_has_its_own_radius_and_geometry():
+  chain = asam_jax.ascent(0.3, p=3)
+  for options in ({"rho": 0.1}, {"p": 3}, {"eta": 0.0}, {"normalization": "none"}):
+    with pytest.raises(ValueError, match=f"ascent=... and {next(iter(options))}"):
+      asam_jax.value_and_grad(loss, ascent=chain, **options)
+  # The info may be told in which geometry it measures.
+  *_, info = asam_jax.value_and_grad(loss, ascent=chain, p=3, with_info=True)(W, X)
+  *_, same = asam_jax.value_and_grad(loss, rho=0.3, p=3, with_info=True)(W, X)
+  chex.assert_trees_all_close(info, same, rtol=1e-3, atol=1e-6)
+  with pytest.raises(TypeError, match="ascent_tx="):
+    asam_jax.value_and_grad(loss, ascent=0.5)  # pyright: ignore
+
+
+@pytest.mark.parametrize("argnums", [0, 1, (0, 2)])
+def test_accumulation_by_a_number_of_rows(argnums):
+  # The batch is the first argument that is not differentiated.
+  def fun(a, b, c):
+    order = {0: (b, a, c), 1: (a, b, c), (0, 2): (b, a, c)}[argnums]
+    batch, w, other = order
+    return jnp.mean(jnp.tanh(batch @ w + jnp.sum(other)) ** 2)
+
+  rng = np.random.default_rng(1)
+  batch, w, c = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 3), 3, 2))
+  args = (batch, w, c) if argnums == 1 else (w, batch, c)
+  whole = asam_jax.value_and_grad(fun, argnums, rho=0.3)(*args)
+  pieces = asam_jax.value_and_grad(fun, argnums, rho=0.3, accumulate=2)(*args)
+  chex.assert_trees_all_close(pieces, whole, rtol=1e-5, atol=1e-6)
+  for bad in (0, -1, 2.0, "2", True):
+    with pytest.raises((TypeError, ValueError), match="accumulate="):
+      asam_jax.value_and_grad(fun, argnums, accumulate=bad)
+
+
+def test_the_gradient_is_traced_once_for_both_passes():
+  traces = []
+
+  def counted(w, x):
+    traces.append(1)
+    return loss(w, x)
+
+  jax.jit(asam_jax.value_and_grad(counted)).trace(W, X)
+  assert len(traces) == 1
+
+
+def test_a_loss_may_close_over_what_is_traced():
+  @jax.jit
+  def step(w, x, scale):
+    return asam_jax.value_and_grad(lambda w: scale * loss(w, x), rho=0.3)(w)
+
+  got = step(W, X, 2.0)
+  expected = asam_jax.value_and_grad(lambda w: 2.0 * loss(w, X), rho=0.3)(W)
+  chex.assert_trees_all_close(got, expected, rtol=1e-5)
+  # And under the derivative of an outer function, as in MAML.
+  outer = jax.grad(lambda scale: jnp.sum(step(W, X, scale)[1]["kernel"]))(2.0)
+  step_of = lambda s: float(jnp.sum(step(W, X, s)[1]["kernel"]))  # noqa: E731
+  slope = (step_of(2.01) - step_of(1.99)) / 0.02
+  np.testing.assert_allclose(outer, slope, rtol=1e-2)

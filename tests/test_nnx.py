@@ -319,3 +319,95 @@ def test_weights_of_microbatches():
   got = split(nnx.value_and_grad(loss), 1)(model, x, v)
   expected = nnx.value_and_grad(loss)(model, x[:3], v[:3])
   chex.assert_trees_all_close(got, expected, rtol=1e-5)
+
+
+# Accumulation, the loss for the info, and the gradient alone.
+
+
+def test_microbatches_are_a_loop_over_them():
+  # Statistics and masks go on from one microbatch to the next.
+  size = 4
+
+  def scanned(model):
+    run = asam_jax.nnx.microbatched(
+        nnx.value_and_grad(loss_fn, has_aux=True), size, argnums=(1, 2)
+    )
+    (loss, _), grads = run(model, X, Y)
+    return loss, grads
+
+  def looped(model):
+    results = []
+    count = len(X) // size
+    pieces = row_groups(size, len(X))
+    for i in range(count):
+      rows = pieces[i]
+      (loss, _), grads = nnx.value_and_grad(loss_fn, has_aux=True)(
+          model, X[rows], Y[rows]
+      )
+      results.append((loss, nnx.as_pure(grads)))
+    return jax.tree.map(lambda *xs: sum(xs) / count, *results)
+
+  one, two = Model(nnx.Rngs(0)), Model(nnx.Rngs(0))
+  loss, grads = scanned(one)
+  expected_loss, expected = looped(two)
+  np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+  chex.assert_trees_all_close(nnx.as_pure(grads), expected, rtol=1e-4, atol=1e-6)
+  chex.assert_trees_all_close(rest_of(one), rest_of(two), rtol=1e-5)
+
+
+def row_groups(size, rows):
+  """The rows of each microbatch, as the core groups them."""
+  groups = []
+
+  def note(x):
+    jax.debug.callback(lambda group: groups.append(np.asarray(group)), x)
+    return jnp.zeros(())
+
+  asam_jax.microbatched(note, size, 0)(jnp.arange(rows))
+  jax.effects_barrier()
+  return groups
+
+
+def test_accumulate_is_one_perturbation_for_the_batch():
+  def without_statistics(model, x):
+    return jnp.mean(model(x) ** 2)
+
+  linear = lambda: nnx.Linear(WIDTH, 2, rngs=nnx.Rngs(0))  # noqa: E731
+  whole = asam_jax.nnx.value_and_grad(without_statistics, rho=RHO)(linear(), X)
+  pieces = asam_jax.nnx.value_and_grad(
+      without_statistics, rho=RHO, accumulate=4
+  )(linear(), X)
+  np.testing.assert_allclose(pieces[0], whole[0], rtol=1e-5)
+  chex.assert_trees_all_close(
+      nnx.as_pure(pieces[1]), nnx.as_pure(whole[1]), rtol=1e-4, atol=1e-6
+  )
+  by_function = asam_jax.nnx.grad(
+      without_statistics, rho=RHO,
+      accumulate=lambda f: asam_jax.nnx.microbatched(f, 4),
+  )(linear(), X)
+  chex.assert_trees_all_close(nnx.as_pure(by_function), nnx.as_pure(pieces[1]))
+
+
+def test_an_ascent_chain_in_the_module_door():
+  linear = nnx.Linear(WIDTH, 2, rngs=nnx.Rngs(0))
+  fun = lambda model, x: jnp.mean(model(x) ** 4)  # noqa: E731
+  chain = asam_jax.iterated(asam_jax.ascent(RHO), 2)
+  got = asam_jax.nnx.grad(fun, ascent=chain)(linear, X)
+  pure = asam_jax.nnx.value_fn(fun, linear, X)
+  expected = asam_jax.grad(pure, ascent=chain)(params_of(linear))
+  chex.assert_trees_all_close(nnx.as_pure(got), expected, rtol=1e-5)
+
+
+def test_the_info_through_the_optimizer():
+  model = Model(nnx.Rngs(0))
+  tx = asam_jax.adaptive_sam(optax.sgd(0.1), RHO, with_info=True)
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  value_fn = asam_jax.nnx.value_fn(loss_fn, model, X, Y, has_aux=True)
+  (value, _), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, X, Y)
+  optimizer.update(model, grads, value=value, value_fn=value_fn)
+  state = nnx.as_pure(nnx.state(optimizer))["opt_state"]
+  infos = [x for path, x in jax.tree_util.tree_leaves_with_path(state)
+           if "perturbed_value" in jax.tree_util.keystr(path)]
+  loss, _, perturbed, _ = by_hand()
+  np.testing.assert_allclose(value, loss, rtol=1e-5)
+  np.testing.assert_allclose(infos[0], perturbed, rtol=1e-4)
