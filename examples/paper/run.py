@@ -25,7 +25,6 @@ from examples.paper import results
 from examples.paper import small
 from examples.paper.config import Config
 from examples.paper.config import ConfigError
-from examples.paper.config import folder_of
 from examples.paper.config import key_of
 from examples.paper.config import Options
 
@@ -142,8 +141,6 @@ def _run_one(config: Config, arguments: Arguments) -> bool:
     jax.clear_caches()  # the programs of one run are of no use to the next
   results.add(results.path_of(options.results, config.table), record)
   print(f"{config.name}, seed {config.seed}: {results.summary(record)}", flush=True)
-  if not options.keep_checkpoints:
-    (folder_of(config, options) / "config.json").unlink(missing_ok=True)
   return True
 
 

@@ -99,6 +99,18 @@ def test_every_row_takes_a_step(config):
   assert after == before  # the state keeps its shapes and types
 
 
+@pytest.mark.parametrize("model", ["resnet8", "vit_small"])
+def test_bfloat16_is_for_activations_alone(model):
+  config = replace(
+      configs.FAKE, dataset="cifar10", model=model, method="asam", rho=0.5,
+      dtype="bfloat16",
+  )
+  before, after = shapes_of_a_step(config)
+  assert after == before
+  kinds = {leaf.dtype for leaf in jax.tree.leaves((after.params, after.variables))}
+  assert kinds == {jnp.dtype("float32")}
+
+
 def test_there_is_a_row_for_each_cell_of_each_table():
   tables = {}
   for config in configs.NAMED.values():
