@@ -140,8 +140,10 @@ def from_geometry(
     _arguments.tree_like("the gradient", updates, params)
     dtype = state.dual_norm.dtype
     radius, eta = (
-        jnp.asarray(value(state.count) if callable(value) else value, dtype)
-        for value in (rho, stabilizer)
+        jnp.asarray(  # pyright: ignore[reportArgumentType]
+            given(state.count) if callable(given) else given, dtype
+        )
+        for given in (rho, stabilizer)
     )
     leaves_of_params, treedef = jtu.tree_flatten(params)
     ws = [jnp.asarray(w) for w in leaves_of_params]
