@@ -140,8 +140,9 @@ def from_geometry(
     _arguments.tree_like("the gradient", updates, params)
     dtype = state.dual_norm.dtype
     radius, eta = (
-        jnp.asarray(  # pyright: ignore[reportArgumentType]
-            given(state.count) if callable(given) else given, dtype
+        jnp.asarray(
+            given(state.count) if callable(given) else given,  # pyright: ignore
+            dtype,
         )
         for given in (rho, stabilizer)
     )
