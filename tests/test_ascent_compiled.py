@@ -92,6 +92,13 @@ def test_both_spellings_agree(accelerated, p):
   chex.assert_trees_all_close(
       accelerated(lambda: one_pass(scaled, huge)), loop(scaled, huge), rtol=1e-5
   )
+  # A scale that one weight can't bear is taken back.
+  held = lambda: jax.jit(  # noqa: E731
+      lambda w, g: asam_jax.ascent(0.5, 0.0, p).update(
+          g, asam_jax.ascent().init(w), w
+      )
+  )(jnp.array([0.0, 1.0, 2.0]), jnp.array([1e30, 3e-12, 2e-12]))
+  chex.assert_trees_all_close(accelerated(held), held(), rtol=1e-5)
   # Under vmap each takes the scale that it needs.
   batch = jnp.array([1e-25, 1.0, 1e25])[:, None, None] * jnp.ones((3, 2, 4))
   w = jnp.arange(1.0, 9.0).reshape(2, 4)

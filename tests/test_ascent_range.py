@@ -169,6 +169,16 @@ def test_radius_zero_under_a_norm_beyond_the_range(p):
   assert state.dual_norm == math.inf
 
 
+def test_many_small_entries_count_beside_a_large_one():
+  # At sizes where the squares of the small ones would be flushed to zero.
+  for largest in (2.0**-56, 2.0**-40, 2.0**-34, 2.0**40):
+    g = np.r_[largest, np.full(100_000, largest / 2**8)]
+    epsilon, state = perturbation(np.ones(g.size), g, 2, "none")
+    norm = np.linalg.norm(g)
+    np.testing.assert_allclose(state.dual_norm, norm, rtol=1e-5)
+    np.testing.assert_allclose(epsilon, 0.5 * g / norm, rtol=1e-5)
+
+
 def test_held_weight_under_a_huge_gradient():
   # The scale that 1e-12 gets is too much for 1e30, which T = 0 takes out.
   epsilon, _ = perturbation([0.0, 1.0, 2.0], [1e30, 3e-12, 2e-12], 2)
