@@ -43,9 +43,9 @@ def _geometry(config: Config, normalization: str | None = None) -> dict[str, Any
   }
 
 
-def _link(config: Config, *before: Any) -> optax.GradientTransformation:
-  chain = optax.chain(*before, asam_jax.ascent(config.rho, **_geometry(config)))
-  return asam_jax.perturbed_gradient(chain)
+def _as_object(config: Config) -> asam_jax.Geometry:
+  """The same, as the aliases take it."""
+  return asam_jax.Geometry(**_geometry(config))
 
 
 def _extra(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -83,44 +83,39 @@ def _stale(base_tx, config, total):
   return Recipe(asam_jax.carried(base_tx, ascent_tx), carried=True, gradients=1.0)
 
 
-def _sometimes(
-    base_tx, config, when, **options
-) -> optax.GradientTransformationExtraArgs:
-  link = asam_jax.sometimes(_link(config), when, **options)
-  return _extra(optax.chain(link, base_tx))
-
-
 def _looksam(base_tx, config, total):
   del total
+  tx = asam_jax.looksam(
+      base_tx, config.rho, config.every, config.reuse, geometry=_as_object(config)
+  )
+  # The same rule, for the host: XLA's CPU code is slow inside a condition.
   when = lambda step: step % config.every == 0  # noqa: E731
-  tx = _sometimes(base_tx, config, when, reuse=config.reuse)
   return Recipe(tx, when, gradients=1 + 1 / config.every)
 
 
 def _late(base_tx, config, total):
   first = round((1 - config.last) * total)
   when = lambda step: step >= first  # noqa: E731
-  return Recipe(_sometimes(base_tx, config, when), when, gradients=1 + config.last)
+  ascent_tx = asam_jax.ascent(config.rho, **_geometry(config))
+  link = asam_jax.sometimes(asam_jax.perturbed_gradient(ascent_tx), when)
+  return Recipe(_extra(optax.chain(link, base_tx)), when, gradients=1 + config.last)
 
 
 def _ae_sam(base_tx, config, total):
-  gate = asam_jax.above_average(optax.linear_schedule(1.0, -1.0, total))
+  threshold = optax.linear_schedule(1.0, -1.0, total)
+  tx = asam_jax.ae_sam(base_tx, config.rho, threshold, geometry=_as_object(config))
   # The gate looks at the gradient, so it decides on the device; half, by its design.
-  return Recipe(_sometimes(base_tx, config, gate), gradients=1.5)
+  return Recipe(tx, gradients=1.5)
 
 
-def _before(*links: Any) -> _Method:
+def _alias(make: Callable[..., Any]) -> _Method:
+  """A method of two gradients a step, with the library's own defaults."""
+
   def method(base_tx, config, total):
     del total
-    return Recipe(_extra(optax.chain(_link(config, *links), base_tx)))
+    return Recipe(make(base_tx, config.rho, geometry=_as_object(config)))
 
   return method
-
-
-def _gsam(base_tx, config, total):
-  del total
-  link = asam_jax.combined(_link(config), asam_jax.surrogate_gap(0.4))
-  return Recipe(_extra(optax.chain(link, base_tx)))
 
 
 METHODS: dict[str, _Method] = {
@@ -133,9 +128,9 @@ METHODS: dict[str, _Method] = {
     "looksam": _looksam,
     "late": _late,
     "ae_sam": _ae_sam,
-    "gsam": _gsam,
-    "vasso": _before(optax.ema(0.6)),
-    "friendly_sam": _before(asam_jax.subtract_ema(0.9)),
+    "gsam": _alias(asam_jax.gsam),
+    "vasso": _alias(asam_jax.vasso),
+    "friendly_sam": _alias(asam_jax.friendly_sam),
 }
 
 # Methods whose T_w is 1 whatever the configuration says.
