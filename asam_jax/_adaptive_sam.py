@@ -6,11 +6,11 @@ import optax
 
 from asam_jax import _ascent
 from asam_jax import _geometry as _g
-from asam_jax import _inject
+from asam_jax import _interop
 from asam_jax import _two_passes
 
 
-@_inject.keeps("normalization", "normalize", "perturb")
+@_interop.keeps("normalization", "normalize", "perturb")
 def adaptive_sam(
     base_tx: optax.GradientTransformation,
     rho: optax.ScalarOrSchedule = 0.5,
@@ -109,7 +109,7 @@ def adaptive_sam(
   return _two_passes.optimizer(base_tx, link)
 
 
-@_inject.keeps("perturb")
+@_interop.keeps("perturb")
 def sam(
     base_tx: optax.GradientTransformation,
     rho: optax.ScalarOrSchedule = 0.05,

@@ -11,7 +11,7 @@ import optax
 from asam_jax import _arguments
 from asam_jax import _ascent
 from asam_jax import _geometry as _g
-from asam_jax import _inject
+from asam_jax import _interop
 from asam_jax import _trees
 from asam_jax import _two_passes
 
@@ -143,7 +143,7 @@ def carried(
   return _carried(base_tx, dtype, init_ascent, perturb)
 
 
-@_inject.keeps("normalization", "normalize", "perturb")
+@_interop.keeps("normalization", "normalize", "perturb")
 def momentum_sam(
     base_tx: optax.GradientTransformation,
     rho: optax.ScalarOrSchedule = 0.5,

@@ -11,7 +11,7 @@ import optax
 from asam_jax import _arguments
 from asam_jax import _geometry as _g
 from asam_jax import _info
-from asam_jax import _notes
+from asam_jax import _interop
 
 
 class Link(optax.GradientTransformationExtraArgs):
@@ -82,7 +82,7 @@ def two_passes(
     point = optax.apply_updates(params, epsilon)
     perturbed = evaluate(point)
   except Exception as error:
-    _notes.explain(error, params)
+    _interop.explain(error, params)
     raise
   _arguments.tree_like(
       f"the result of {source}", perturbed.grads, params, same_dtype=True,

@@ -15,13 +15,13 @@ import jax
 import optax
 
 from asam_jax import _arguments
-from asam_jax import _extras
 from asam_jax import _geometry as _g
+from asam_jax import _interop
 from asam_jax import _microbatched
 from asam_jax import _two_passes
 from asam_jax import _value_and_grad as _door
 
-_extras.require("nnx", "flax")
+_interop.require("nnx", "flax")
 from flax import nnx  # noqa: E402  (after the error that names the extra)
 
 __all__ = ["grad", "grad_fn", "microbatched", "value_and_grad", "value_fn"]

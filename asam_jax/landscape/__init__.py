@@ -3,9 +3,9 @@
 Needs the extra ``asam_jax[sharpness]``.
 """
 
-from asam_jax import _extras
+from asam_jax import _interop
 
-_extras.require("landscape", "jaxtyping")
+_interop.require("landscape", "jaxtyping")
 
 # ruff: noqa: E402  (after the error that names the extra)
 from asam_jax.landscape._directions import direction

@@ -5,9 +5,9 @@ that an optimizer has. The length of a perturbation is :meth:`asam_jax.Geometry.
 Needs the extra ``asam_jax[sharpness]``.
 """
 
-from asam_jax import _extras
+from asam_jax import _interop
 
-_extras.require("sharpness", "jaxtyping", "scipy")
+_interop.require("sharpness", "jaxtyping", "scipy")
 
 # ruff: noqa: E402  (after the error that names the extra)
 from asam_jax.sharpness._average_case import average_case
