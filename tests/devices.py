@@ -1,7 +1,10 @@
 """What the tests on several devices share: meshes, and what a program exchanges."""
 
+import collections
 import inspect
-from typing import Any
+import math
+import re
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -11,6 +14,7 @@ import numpy as np
 
 from benchmarks.pod import program
 
+# Where a mesh's axes are Explicit, shardings are part of the types.
 HAS_EXPLICIT = hasattr(jax, "set_mesh")
 NO_EXPLICIT = f"JAX {jax.__version__} has no explicit meshes"
 if hasattr(jax, "shard_map"):
@@ -41,10 +45,32 @@ def place(tree: Any, mesh: Mesh, spec: Any) -> Any:
   return {name: place(leaf, mesh, spec[name]) for name, leaf in tree.items()}
 
 
-def exchanges(compiled: Any, scalars: bool = False) -> dict[str, int]:
-  """Bytes that a program exchanges, by kind; those of scalars apart."""
-  found: dict[str, int] = {}
-  for each in program.collectives(compiled.as_text()):
-    if (each.bytes <= 16) == scalars:
-      found[each.kind] = found.get(each.kind, 0) + each.bytes
-  return found
+class Exchanges(NamedTuple):
+  """What a program sends between devices.
+
+  Attributes:
+    arrays: how often each (kind, elements) is exchanged.
+    scalars: how many numbers are exchanged alone, or a few at a time.
+  """
+
+  arrays: collections.Counter[tuple[str, int]]
+  scalars: int
+
+
+FEW = 4  # elements
+_KINDS = "|".join(program.COLLECTIVES)
+_EXCHANGE = re.compile(rf"= (\(.*?\)|\S+) ({_KINDS})(?:-start)?\(")
+_SHAPE = re.compile(r"\b[a-z]+\d*\[([\d,]*)\]")
+
+
+def exchanges(compiled: Any) -> Exchanges:
+  """Read from the compiled program; what stands in a loop counts once."""
+  arrays, scalars = collections.Counter(), 0
+  for shapes, kind in _EXCHANGE.findall(compiled.as_text()):
+    for dimensions in _SHAPE.findall(shapes):
+      size = math.prod(int(n) for n in dimensions.split(",") if n)
+      if size > FEW:
+        arrays[kind, size] += 1
+      else:
+        scalars += size
+  return Exchanges(arrays, scalars)

@@ -42,13 +42,8 @@ def base_optimizer() -> optax.GradientTransformation:
 def methods(loss: Any, mesh: Mesh) -> dict[str, Method]:
   """Every step, by name."""
   asam = asam_jax.adaptive_sam(base_optimizer(), RHO, ETA)
-  looksam = optax.chain(
-      asam_jax.sometimes(
-          asam_jax.perturbed_gradient(asam_jax.ascent(RHO, ETA)),
-          lambda step: step % EVERY == 0,
-          reuse=REUSE,
-      ),
-      base_optimizer(),
+  looksam = asam_jax.looksam(
+      base_optimizer(), RHO, EVERY, REUSE, geometry=asam_jax.Geometry(ETA)
   )
   adversary = optax.chain(optax.contrib.normalize(), optax.sgd(RHO_SAM))
   theirs = optax.contrib.sam(base_optimizer(), adversary, opaque_mode=True)
