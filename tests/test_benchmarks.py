@@ -29,7 +29,7 @@ def test_main_writes_a_row_for_each_method(tmp_path, capsys, monkeypatch):
   assert written == rows
   assert {"date", "jax", "cpu", "cores", "command"} <= header.keys()
   methods = len(perturbation.VARIANTS)
-  assert [row["part"] for row in rows] == ["perturbation"] * methods + ["mlp"] * 8
+  assert [row["part"] for row in rows] == ["perturbation"] * methods + ["mlp"] * 9
   assert {row["parameters"] for row in rows[:methods]} == {60}
   for row in rows:
     low, median, high = row["ratio"]

@@ -11,16 +11,16 @@ import pytest
 
 import asam_jax
 from tests import problems
-from tests import test_framework_pages
 
 nn = pytest.importorskip("flax.linen", reason="needs Flax, an extra")
 from flax.training import train_state  # noqa: E402
 
+# The page with a TrainState that hands grad_fn on.
+from examples.frameworks import linen_optimizer  # noqa: E402
+
 X = jax.random.normal(jax.random.key(1), (16, 5))
 Y = jnp.arange(16) % 3
 RHO = 0.3
-# The page with a TrainState that hands grad_fn on.
-PAGE = next(x for x in test_framework_pages.PAGES if x.stem == "linen_optimizer")
 masks = []  # those that the passes drew, in their order
 
 
@@ -92,7 +92,6 @@ def unmodified(base_tx):
 
 
 def forwarding(base_tx):
-  page = test_framework_pages.load(PAGE)
 
   def step(state, batch_stats, key):
     loss_fn = loss_function(batch_stats, key)
@@ -100,7 +99,7 @@ def forwarding(base_tx):
     grad_fn = lambda params: jax.grad(loss_fn, has_aux=True)(params)[0]  # noqa: E731
     return state.apply_gradients(grads=grads, grad_fn=grad_fn), batch_stats
 
-  create = functools.partial(page.TrainState.create, batch_stats=None)
+  create = functools.partial(linen_optimizer.TrainState.create, batch_stats=None)
   return create, asam_jax.adaptive_sam(base_tx, RHO), step
 
 
