@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax import tree_util as jtu
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -49,7 +50,7 @@ def elementwise(w: jax.Array, eta: Any) -> jax.Array:
   References:
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
   """
-  if not isinstance(w, jax.core.Tracer):  # those were checked before
+  if not isinstance(w, Tracer):  # those were checked before
     _check_leaf(w, eta)
   return jnp.abs(w) + eta
 
@@ -89,7 +90,7 @@ def filterwise(
   References:
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
   """
-  if not isinstance(w, jax.core.Tracer):  # those were checked before
+  if not isinstance(w, Tracer):  # those were checked before
     _check_leaf(w, eta)
   axis = filter_axis_of(filter_axis, jnp.ndim(w))
   if axis is None:
@@ -128,7 +129,7 @@ def layerwise(w: jax.Array, eta: Any) -> jax.Array:
     >>> print(layerwise(jnp.array([3.0, 4.0]), 1.0))
     6.0
   """
-  if not isinstance(w, jax.core.Tracer):  # those were checked before
+  if not isinstance(w, Tracer):  # those were checked before
     _check_leaf(w, eta)
   return _root_of_squares(w, None) + eta
 

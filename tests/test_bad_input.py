@@ -489,8 +489,10 @@ def valid_rows():
         yield function, argument, (*VALID[argument], *SCHEDULES)
       elif function.startswith("nnx.") and argument in ("normalize", "perturb"):
         yield function, argument, SELECTIONS[-len(BOOLS):]
-      elif argument == "argnums" and (function not in doors or "nnx" in function):
-        yield function, argument, (good["argnums"], np.int64(good["argnums"]))
+      elif argument == "argnums" and "microbatched" in function:
+        yield function, argument, (np.int64(1), (1,), [np.int64(1)])
+      elif argument == "argnums" and function.startswith("nnx."):
+        yield function, argument, (0, nnx.DiffState(0, nnx.Param))
       elif VALID.get(argument):
         yield function, argument, VALID[argument]
 
