@@ -104,13 +104,13 @@ def count(argument: str, value: Any, least: int = 1) -> int:
 
 def argnums(numbers: Any) -> Any:
   """Raises unless they are the numbers of positional arguments."""
-  each = numbers if isinstance(numbers, (tuple, list)) and numbers else [numbers]
+  each: Any = numbers if isinstance(numbers, (tuple, list)) and numbers else [numbers]
   if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in each):
     raise TypeError(
         f"argnums={_shown(numbers)} must be an int or a sequence of ints, the numbers"
         " of positional arguments. The radius is given by name: rho=0.5."
     )
-  return tuple(map(int, each)) if each is numbers else int(numbers)
+  return tuple(int(n) for n in each) if each is numbers else int(each[0])
 
 
 def flag(argument: str, value: Any) -> bool:
@@ -231,9 +231,9 @@ def tree_like(
   for (path, x), w in zip(
       jtu.tree_leaves_with_path(tree), jtu.tree_leaves(like), strict=True
   ):
-    number = hasattr(x, "dtype") or isinstance(x, (int, float, complex))
-    if not number or jnp.shape(x) != jnp.shape(w) or (
-        is_float(w) and not (is_float(x) if not same_dtype else x.dtype == w.dtype)
+    dtype = getattr(x, "dtype", type(x) if isinstance(x, (int, float)) else None)
+    if dtype is None or jnp.shape(x) != jnp.shape(w) or (
+        is_float(w) and not (dtype == w.dtype if same_dtype else is_float(x))
     ):
       raise TypeError(
           f"{argument}{jtu.keystr(path)} has {_kind(x)}, but {name} have {_kind(w)}"
@@ -297,8 +297,9 @@ def leaves(
           " each parameter leaf, or a predicate (path, leaf) -> bool."
       )
     for (path, _), value in zip(pairs, bools, strict=True):
-      of_array = getattr(value, "dtype", None) == np.bool_ and jnp.ndim(value) == 0
-      if not (isinstance(value, bool) or (of_array and is_concrete(value))):
+      shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+      of_array = shape == () and dtype == np.bool_ and is_concrete(value)
+      if not (isinstance(value, bool) or of_array):
         raise TypeError(
             f"{argument} is {_shown(value)} for {jtu.keystr(path)}; it must be one bool"
             " for every leaf, known when the step is traced."
