@@ -4,6 +4,7 @@ from typing import Any
 
 import optax
 
+from asam_jax import _arguments
 from asam_jax import _ascent
 from asam_jax import _geometry as _g
 from asam_jax import _interop
@@ -103,7 +104,7 @@ def adaptive_sam(
   link = _two_passes.link_of(
       _ascent.from_geometry(rho, geometry),
       axis_name,
-      info=geometry if with_info else None,
+      info=geometry if _arguments.flag("with_info", with_info) else None,
       plain=True,
   )
   return _two_passes.optimizer(base_tx, link)

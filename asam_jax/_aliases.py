@@ -62,7 +62,8 @@ def looksam(
     Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
     <https://arxiv.org/abs/2203.02714>`_, 2022
   """
-  _arguments.count("k", k)
+  k = _arguments.count("k", k)
+  _arguments.scalar("alpha", alpha)
   link = _link(_ascent.from_geometry(rho, geometry), axis_name)
   link = _sometimes.sometimes(link, lambda step: step % k == 0, reuse=alpha)
   return _two_passes.optimizer(base_tx, link)

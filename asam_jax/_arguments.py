@@ -4,6 +4,7 @@ A check returns the argument, so that it can stand where the argument is used.
 """
 
 from collections.abc import Callable
+import functools
 import math
 import re
 from typing import Any
@@ -41,10 +42,13 @@ def real(argument: str, value: Any) -> Any:
 def scalar(argument: str, value: Any, low: float = 0, high: float = math.inf) -> Any:
   """Raises unless it is such a number in [low, high); traced ones can't be checked."""
   real(argument, value)
-  if is_concrete(value) and not low <= float(value) < high:
+  if is_concrete(value) and not (
+      math.isfinite(float(value)) and low <= float(value) < high
+  ):
+    at_least = f" >= {low}" if low > -math.inf else ""
     below = f" and < {high}" if high < math.inf else ""
     raise ValueError(
-        f"{argument}={_shown(value)} must be a finite number >= {low}{below}."
+        f"{argument}={_shown(value)} must be a finite number{at_least}{below}."
     )
   return value
 
@@ -100,13 +104,13 @@ def count(argument: str, value: Any, least: int = 1) -> int:
 
 def argnums(numbers: Any) -> Any:
   """Raises unless they are the numbers of positional arguments."""
-  each = numbers if isinstance(numbers, (tuple, list)) and numbers else [numbers]
+  each: Any = numbers if isinstance(numbers, (tuple, list)) and numbers else [numbers]
   if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in each):
     raise TypeError(
         f"argnums={_shown(numbers)} must be an int or a sequence of ints, the numbers"
         " of positional arguments. The radius is given by name: rho=0.5."
     )
-  return numbers
+  return tuple(int(n) for n in each) if each is numbers else int(each[0])
 
 
 def flag(argument: str, value: Any) -> bool:
@@ -114,6 +118,17 @@ def flag(argument: str, value: Any) -> bool:
   if not isinstance(value, (bool, np.bool_)):
     raise TypeError(f"{argument}={_shown(value)} must be True or False.")
   return bool(value)
+
+
+def float_type(argument: str, value: Any) -> Any:
+  """Raises unless it names a real floating point type; None is none."""
+  try:
+    known = value is None or jnp.issubdtype(value, jnp.floating)
+  except TypeError:  # NumPy's, of what names no type
+    known = False
+  if not known:
+    raise TypeError(f"{argument}={_shown(value)} must be a real float type, or None.")
+  return value
 
 
 def function(argument: str, value: Any, form: str) -> Any:
@@ -140,8 +155,11 @@ def instance(argument: str, value: Any, kind: type) -> Any:
 
 def random_key(key: Any) -> jax.Array:
   """Raises unless it is one random key; None is ``jax.random.key(0)``."""
-  if key is None:
-    return jax.random.key(0)
+  return jax.random.key(0) if key is None else one_key(key)
+
+
+def one_key(key: Any) -> jax.Array:
+  """Raises unless it is one random key."""
   dtype = getattr(key, "dtype", None)
   typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
   raw = dtype == jnp.uint32 and jnp.ndim(key) == 1
@@ -153,17 +171,30 @@ def random_key(key: Any) -> jax.Array:
 def loss(fun: Any) -> Callable[[Any], Any]:
   """Raises unless it can be called; the one returned checks its values, too."""
   function("loss", fun, "of the parameters that returns one real number")
+  return real_valued("loss(params)", fun)
 
-  def checked(params):
-    value = fun(params)
+
+def real_valued(call: str, fun: Any, has_aux: bool = False) -> Callable[..., Any]:
+  """The function, which raises unless it returns one real number (and aux)."""
+
+  @functools.wraps(fun)
+  def checked(*args, **kwargs):
+    result = fun(*args, **kwargs)
+    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+      raise TypeError(
+          f"{call} returned {_shown(result)}; with has_aux=True it must return a pair"
+          " (value, aux)."
+      )
+    value = result[0] if has_aux else result
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape != () or not is_float(value):
       what = f"shape {shape} and dtype {dtype}" if dtype is not None else _shown(value)
       raise TypeError(
-          f"loss(params) returned {what}; it must return one real number, the mean"
-          " over the batch, and no aux."
+          f"{call} returned {what}; it must return one real number, the mean over the"
+          " batch, as an array, and no aux"
+          f" {'but the one of the pair' if has_aux else 'unless has_aux=True'}."
       )
-    return value
+    return result
 
   return checked
 
@@ -200,8 +231,9 @@ def tree_like(
   for (path, x), w in zip(
       jtu.tree_leaves_with_path(tree), jtu.tree_leaves(like), strict=True
   ):
-    if isinstance(x, str) or jnp.shape(x) != jnp.shape(w) or (
-        is_float(w) and not (is_float(x) if not same_dtype else x.dtype == w.dtype)
+    dtype = getattr(x, "dtype", type(x) if isinstance(x, (int, float)) else None)
+    if dtype is None or jnp.shape(x) != jnp.shape(w) or (
+        is_float(w) and not (dtype == w.dtype if same_dtype else is_float(x))
     ):
       raise TypeError(
           f"{argument}{jtu.keystr(path)} has {_kind(x)}, but {name} have {_kind(w)}"
@@ -227,6 +259,14 @@ def arrays(argument: str, tree: Any, finite: bool = False) -> Any:
   return tree
 
 
+def all_arrays(argument: str, tree: Any) -> Any:
+  """Raises unless all leaves are arrays or numbers."""
+  for path, x in jtu.tree_leaves_with_path(tree):
+    if not (hasattr(x, "dtype") or isinstance(x, (int, float, complex))):
+      raise _no_array(argument, path, x)
+  return tree
+
+
 def leaves(
     params: optax.Params, normalize: Any, perturb: Any
 ) -> list[tuple[Any, Any, bool, bool]]:
@@ -242,11 +282,7 @@ def leaves(
           " method's. Use the arguments perturb and normalize to choose leaves instead."
       )
     if not (hasattr(w, "dtype") or isinstance(w, (int, float, complex))):
-      raise TypeError(
-          f"params{jtu.keystr(path)} is {_shown(w)}, which is no array; params must be"
-          " a pytree of arrays. Of an Equinox module, differentiate the first part of"
-          " eqx.partition(model, eqx.is_inexact_array)."
-      )
+      raise _no_array("params", path, w)
   chosen = []
   for argument, given in (("normalize", normalize), ("perturb", perturb)):
     given = _DEFAULTS[argument] if given is None else given
@@ -261,10 +297,12 @@ def leaves(
           " each parameter leaf, or a predicate (path, leaf) -> bool."
       )
     for (path, _), value in zip(pairs, bools, strict=True):
-      if not (isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_):
+      shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+      of_array = shape == () and dtype == np.bool_ and is_concrete(value)
+      if not (isinstance(value, bool) or of_array):
         raise TypeError(
-            f"{argument} is {_shown(value)} for {jtu.keystr(path)}; it must be a bool"
-            " for every leaf."
+            f"{argument} is {_shown(value)} for {jtu.keystr(path)}; it must be one bool"
+            " for every leaf, known when the step is traced."
         )
     chosen.append([bool(value) for value in bools])
   for (path, w), perturbed in zip(pairs, chosen[1], strict=True):
@@ -316,12 +354,16 @@ def is_not_bias(path: Any, leaf: Any) -> bool:
     >>> print(jax.tree_util.tree_map_with_path(is_not_bias, params))
     {'conv': {'bias': False, 'kernel': True}}
   """
-  if not isinstance(path, (tuple, list)) or any(isinstance(k, str) for k in path):
+  # Keys of registered classes may be of any type, but are no plain values.
+  plain = (str, int, float, type(None))
+  if not isinstance(path, (tuple, list)) or any(isinstance(k, plain) for k in path):
     raise TypeError(
         f"path={path!r} must be a key path, as jax.tree_util.tree_map_with_path gives;"
         " if a predicate came to be called as a schedule, by optax.inject_hyperparams,"
         ' pass static_args=("normalize", "perturb", "normalization") there.'
     )
+  if not hasattr(leaf, "shape") and not isinstance(leaf, (int, float, complex)):
+    raise TypeError(f"leaf={_shown(leaf)} must be an array or a number.")
   name = ""
   for key in path:  # the last name counts, without the wrappers that NNX puts behind
     own = getattr(key, "key", getattr(key, "name", None))
@@ -342,6 +384,14 @@ def is_concrete(value: Any) -> bool:
   return not traced and getattr(value, "is_fully_addressable", True)
 
 
+def _no_array(argument: str, path: Any, x: Any) -> TypeError:
+  return TypeError(
+      f"{argument}{jtu.keystr(path)} is {_shown(x)}, which is no array; give a pytree"
+      " of arrays. Of an Equinox module, differentiate the first part of"
+      " eqx.partition(model, eqx.is_inexact_array)."
+  )
+
+
 def _likely_mistake(grads: Any, wanted: Any) -> str:
   if isinstance(grads, tuple) and len(grads) == 2:
     if jtu.tree_structure(grads[0]) == wanted:
@@ -358,8 +408,8 @@ def _likely_mistake(grads: Any, wanted: Any) -> str:
 
 
 def _kind(leaf: Any) -> str:
-  if isinstance(leaf, str):
-    return repr(leaf)
+  if not (hasattr(leaf, "dtype") or isinstance(leaf, (int, float, complex))):
+    return _shown(leaf)
   return f"shape {jnp.shape(leaf)} and dtype {dtype_of(leaf)}"
 
 

@@ -115,6 +115,7 @@ def from_geometry(
     rho: optax.ScalarOrSchedule, geometry: _g.Geometry
 ) -> optax.GradientTransformationExtraArgs:
   """:func:`ascent` in a geometry that is there already."""
+  _arguments.instance("geometry", geometry, _g.Geometry)
   rho = _arguments.scalar_or_schedule("rho", rho)
   stabilizer = _arguments.scalar_or_schedule("eta", geometry.eta)
 

@@ -280,10 +280,10 @@ def _carried(
 ) -> optax.GradientTransformationExtraArgs:
   """``perturb(grads, steps, base, ascent, w, extra) -> (epsilon, ascent)``."""
   base_tx = _two_passes.base(base_tx)
-  if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-    raise TypeError(f"dtype={dtype!r} must be a real floating point type, or None.")
+  _arguments.float_type("dtype", dtype)
 
   def init_fn(params):
+    _arguments.all_arrays("params", params)
     clean = jax.tree.map(lambda w: _copy(w, dtype), params)
     base_state = base_tx.init(clean)
     ascent_state = init_ascent(base_state, clean)

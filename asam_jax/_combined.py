@@ -107,6 +107,8 @@ def surrogate_gap(
   _arguments.scalar("alpha", alpha, low=-math.inf)
 
   def combine(clean, perturbed):
+    _arguments.tree_like("clean", clean, perturbed, "perturbed gradients")
+    _arguments.tree_like("perturbed", perturbed, clean, "clean gradients")
     # The difference has the same orthogonal part, and is exactly zero at rho = 0.
     difference = _trees.map_floats(
         lambda g, h: _trees.f32(g) - _trees.f32(h), clean, perturbed
@@ -177,6 +179,7 @@ def subtract_ema(
   _arguments.scalar("sigma", sigma, low=-math.inf)
 
   def init_fn(params):
+    _arguments.all_arrays("params", params)
     return SubtractEmaState(
         jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params)
     )
@@ -242,7 +245,7 @@ def iterated(
     >>> print(f"{jnp.linalg.norm(epsilon / w):.2f} {loss(w + epsilon):.2f}")
     0.50 11.60
   """
-  _arguments.count("steps", steps)
+  steps = _arguments.count("steps", steps)
   ascent_tx = _two_passes.ascent_chain(ascent_tx)
 
   def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
@@ -253,6 +256,7 @@ def iterated(
           "grad_fn=None: several ascent steps need the gradient on the way; use"
           " perturbed_gradient(iterated(...)), which passes it on."
       )
+    _arguments.function("grad_fn", grad_fn, "of the parameters")
 
     def ascend(grads):
       return ascent_tx.update(grads, state, params, **extra_args)

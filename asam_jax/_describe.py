@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jax import tree_util as jtu
 import optax
 
+from asam_jax import _arguments
 from asam_jax import _geometry as _g
 
 
@@ -98,6 +99,7 @@ def describe(
         f"both geometry and {', '.join(options)} are given; put them into the Geometry."
     )
   geometry = _g.Geometry(**options) if geometry is None else geometry
+  _arguments.instance("geometry", geometry, _g.Geometry)
   return Description(map(_described, geometry.rules(params)))
 
 

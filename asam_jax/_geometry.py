@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax import tree_util as jtu
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -49,6 +50,8 @@ def elementwise(w: jax.Array, eta: Any) -> jax.Array:
   References:
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
   """
+  if not isinstance(w, Tracer):  # those were checked before
+    _check_leaf(w, eta)
   return jnp.abs(w) + eta
 
 
@@ -87,7 +90,9 @@ def filterwise(
   References:
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
   """
-  axis = filter_axis_of(filter_axis, w.ndim)
+  if not isinstance(w, Tracer):  # those were checked before
+    _check_leaf(w, eta)
+  axis = filter_axis_of(filter_axis, jnp.ndim(w))
   if axis is None:
     return elementwise(w, eta)
   axes = tuple(other for other in range(w.ndim) if other != axis)
@@ -124,7 +129,15 @@ def layerwise(w: jax.Array, eta: Any) -> jax.Array:
     >>> print(layerwise(jnp.array([3.0, 4.0]), 1.0))
     6.0
   """
+  if not isinstance(w, Tracer):  # those were checked before
+    _check_leaf(w, eta)
   return _root_of_squares(w, None) + eta
+
+
+def _check_leaf(w: Any, eta: Any) -> None:
+  if not hasattr(w, "dtype") or not _arguments.is_float(w):
+    raise TypeError(f"w={w!r} must be one leaf, a real float array.")
+  _arguments.scalar("eta", eta)
 
 
 def _root_of_squares(w: jax.Array, axes: Any) -> jax.Array:

@@ -112,7 +112,7 @@ def checked_places(
   """The numbers of the batch arguments, all arguments checked."""
   _arguments.function("fun", fun, "of a batch")
   _arguments.count("size", size)
-  _arguments.argnums(argnums)
+  argnums = _arguments.argnums(argnums)
   if weights is not None:
     _arguments.function("weights", weights, "of a microbatch, or None")
   return (argnums,) if isinstance(argnums, int) else tuple(argnums)
@@ -176,6 +176,7 @@ def averaged(
 
 def _split(tree: Any, size: int) -> Any:
   """The rows as [size, count]: a device's own stay its own, along the first axis."""
+  _arguments.all_arrays("the batch", tree)
 
   def split(x):
     x = jnp.asarray(x)
@@ -221,6 +222,8 @@ def _batch_size(rows: Any, size: int) -> int:
 
 
 def _weight(weight: Any) -> jax.Array:
+  if not hasattr(weight, "dtype") and not isinstance(weight, (int, float, complex)):
+    raise TypeError(f"weights gave {weight!r}; return one real number.")
   weight = jnp.asarray(weight)
   if weight.ndim:
     raise ValueError(

@@ -122,9 +122,12 @@ def sometimes(
   """
   _arguments.scalar("reuse", reuse)
   gate = when if isinstance(when, Gate) else _gate_of_step(when)
+  for part, name in zip(gate, gate._fields, strict=True):
+    _arguments.function(f"when.{name}", part, "as that of a Gate")
   link = _two_passes.link(link)
 
   def init_fn(params):
+    _arguments.all_arrays("params", params)
     reused = jax.tree.map(jnp.zeros_like, params) if reuse else ()
     return SometimesState(gate.init(params), link.init(params), reused)
 
@@ -224,6 +227,7 @@ def above_average(
     )
 
   def update_fn(grads, state):
+    _arguments.arrays("grads", grads)
     square = jnp.square(_trees.norm(grads).astype(jnp.float32))
     mean = decay * state.mean + (1 - decay) * square
     variance = decay * state.variance + (1 - decay) * jnp.square(square - mean)
@@ -252,7 +256,11 @@ def _gate_of_step(when: Any) -> Gate:
 
 
 def _scalar_bool(decision: Any) -> jax.Array:
-  if jnp.shape(decision) != () or _arguments.dtype_of(decision) != jnp.bool_:
+  is_one = isinstance(decision, (bool, np.bool_)) or (
+      isinstance(decision, (jax.Array, np.ndarray))
+      and jnp.shape(decision) == () and decision.dtype == jnp.bool_
+  )
+  if not is_one:
     raise TypeError(
         f"when (or ascend) gave {decision!r}; it must be a scalar bool, such as"
         " step % 5 == 0."

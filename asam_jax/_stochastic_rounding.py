@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import tree_util as jtu
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from asam_jax import _arguments
@@ -68,7 +69,8 @@ def stochastic_rounding(
     >>> print(f"{jnp.mean(epsilon):.4f} {jnp.mean(epsilon > 0):.2f}")
     0.0010 0.13
   """
-  first = jax.random.PRNGKey(key) if isinstance(key, int) else key
+  is_seed = isinstance(key, (int, np.integer)) and not isinstance(key, bool)
+  first = jax.random.PRNGKey(key) if is_seed else _arguments.one_key(key)
 
   def init_fn(params):
     del params

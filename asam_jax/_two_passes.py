@@ -172,6 +172,7 @@ def link_of(
     raise TypeError(f"info={info!r} must be an asam_jax.Geometry or None.")
 
   def init_fn(params: optax.Params) -> PerturbedGradientState:
+    _arguments.all_arrays("params", params)
     state = ascent_tx.init(params)
     no_second_ascent(state)
     return PerturbedGradientState(
@@ -223,7 +224,8 @@ def link_of(
 
 def _evaluation(value_fn: Any) -> Callable[[Any], Pass]:
   def evaluate(point):
-    value, grads = jax.value_and_grad(value_fn)(point)
+    checked = _arguments.real_valued("value_fn(params)", value_fn)
+    value, grads = jax.value_and_grad(checked)(point)
     return Pass(grads, value)
 
   return evaluate

@@ -117,8 +117,10 @@ def value_and_grad(
       rho, ascent, axis_name, average_ascent, with_info,
   )
   _arguments.function("fun", fun, "with a scalar result")
-  _arguments.argnums(argnums)
-  clean = jax.value_and_grad(fun, argnums, has_aux)
+  argnums = _arguments.argnums(argnums)
+  _arguments.flag("has_aux", has_aux)
+  checked = _arguments.real_valued("fun(...)", fun, has_aux)
+  clean = jax.value_and_grad(checked, argnums, has_aux)
   if accumulate is not None:
     clean = accumulated(clean, accumulate, argnums)
 
@@ -148,6 +150,8 @@ class Door:
   with_info: bool
 
   def __post_init__(self):
+    _arguments.flag("average_ascent", self.average_ascent)
+    _arguments.flag("with_info", self.with_info)
     for name, value in (("rho", self.rho), ("eta", self.geometry.eta)):
       if callable(value):
         raise TypeError(
@@ -336,8 +340,8 @@ def without_value(transformed: Any, fun: Any, has_aux: bool) -> Callable[..., An
 
 def _get(args: tuple[Any, ...], argnums: int | Sequence[int]) -> Any:
   if isinstance(argnums, int):
-    return args[argnums]
-  return tuple(args[index] for index in argnums)
+    return _microbatched.chosen(args, (argnums,))[0]
+  return tuple(_microbatched.chosen(args, argnums))
 
 
 def _set(args: tuple[Any, ...], argnums: int | Sequence[int], values: Any) -> list[Any]:

@@ -119,7 +119,9 @@ def value_and_grad(
   )
   _arguments.function("fun", fun, "of modules and other arguments")
   place, wrt = _differentiated(argnums)
-  passes = nnx.value_and_grad(fun, argnums=argnums, has_aux=has_aux)
+  _arguments.flag("has_aux", has_aux)
+  checked = _arguments.real_valued("fun(...)", fun, has_aux)
+  passes = nnx.value_and_grad(checked, argnums=argnums, has_aux=has_aux)
   if accumulate is not None:
     passes = _door.accumulated(passes, accumulate, place, microbatched)
 
@@ -346,14 +348,18 @@ def value_fn(
     >>> print(bool(value_fn(params) == loss(model, jnp.ones((8, 3)))))
     True
   """
+  _arguments.function("fun", fun, "of modules and other arguments")
+  _arguments.flag("has_aux", has_aux)
   place, wrt = _differentiated(argnums)
-  _params(args, place, wrt)  # for its errors
+  own = _params(args, place, wrt)
+  checked = _arguments.real_valued("fun(...)", fun, has_aux)
   start = nnx.clone((args, kwargs))
 
   def value_at(params: Any) -> Any:
+    _arguments.tree_like("params", params, own, "the module's parameters")
     args, kwargs = nnx.clone(start)  # each call starts from the same state
     nnx.update(args[place], params)
-    result = fun(*args, **kwargs)
+    result = checked(*args, **kwargs)
     return result[0] if has_aux else result
 
   return value_at
