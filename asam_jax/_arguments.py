@@ -190,9 +190,8 @@ def real_valued(call: str, fun: Any, has_aux: bool = False) -> Callable[..., Any
     if shape != () or not is_float(value):
       what = f"shape {shape} and dtype {dtype}" if dtype is not None else _shown(value)
       raise TypeError(
-          f"{call} returned {what}; it must return one real number, the mean over the"
-          " batch, as an array, and no aux"
-          f" {'but the one of the pair' if has_aux else 'unless has_aux=True'}."
+          f"{call} returned {what}; it must return one real number as an array, the"
+          f" mean over the batch, and {'one' if has_aux else 'no'} aux."
       )
     return result
 
