@@ -122,7 +122,7 @@ def test_no_search_paths_and_no_private_modules():
 
 
 def test_pages_name_commands_that_exist():
-  pages = [*ROOT.glob("*.md"), *ROOT.glob("examples/**/*.md"),
+  pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md"),
            *ROOT.glob("results/**/*.md"), *ROOT.glob("docs/**/*.md")]
   named = set()
   for page in pages:
@@ -135,7 +135,7 @@ def test_pages_name_commands_that_exist():
 
 
 def test_every_picture_is_shown_somewhere():
-  pages = [*ROOT.glob("*.md"), *ROOT.glob("examples/**/*.md"),
+  pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md"),
            *ROOT.glob("results/**/*.md")]
   shown = {
       (page.parent / link).resolve()
