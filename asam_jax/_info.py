@@ -33,8 +33,8 @@ class AscentInfo(NamedTuple):
       its squares are summed in float32.
     normalized_gradient_norm: ||T_w g||_q, over the perturbed leaves.
     cosine: of the angle between the gradients at w and at w + epsilon; 0 if one of
-      them is zero. Both are averaged where all devices share an ascent. For this the gradient at w is kept during the second pass, one
-      copy of the parameters.
+      them is zero. Both are averaged where all devices share an ascent. For this the
+      gradient at w is kept during the second pass, one copy of the parameters.
     radius: ||T_w^{-1} ((w + epsilon) - w)||_p, the radius after rounding to the
       dtypes of the parameters. It is rho unless they are too coarse, and 0 for a zero
       gradient.

@@ -1,28 +1,23 @@
 """One program per device: what is averaged, what is a device's own, what is refused."""
 
 import functools
-import inspect
+from typing import Any
 
 import chex
 import jax
-from jax.sharding import PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
 
 import asam_jax
-
-if hasattr(jax, "shard_map"):
-  shard_map = jax.shard_map
-else:
-  from jax.experimental.shard_map import shard_map  # pyright: ignore
+from tests.devices import NO_CHECK
+from tests.devices import shard_map
 
 # Newer JAX checks what varies over the mesh; what came before knows no while loops.
-CHECKS = "check_vma" in inspect.signature(shard_map).parameters
-UNCHECKED = {"check_vma": False} if CHECKS else {"check_rep": False}
+CHECKS = "check_vma" in NO_CHECK
 needs_check = pytest.mark.skipif(not CHECKS, reason="this JAX checks no while loops")
-LAYOUTS = ["checked", "unchecked", "pmap"]
 in_layouts = pytest.mark.parametrize(
     "layout",
     [pytest.param("checked", marks=needs_check), "unchecked", "pmap"],
@@ -47,7 +42,7 @@ def own(params, layout):
     return params
   if hasattr(jax.lax, "pcast"):
     return jax.lax.pcast(params, "data", to="varying")
-  return jax.lax.pvary(params, "data")
+  return jax.lax.pvary(params, "data")  # pyright: ignore
 
 
 def mesh():
@@ -72,12 +67,13 @@ def run(step, layout, *trees):
     results = [jax.tree.map(lambda a, i=i: np.asarray(a)[i], results)
                for i in range(SIZE)]
   else:
+    options: Any = {} if layout == "checked" else NO_CHECK
     mapped = shard_map(
         lambda *args: step(*args[:-1], jax.tree.map(lambda a: a[0], args[-1])),
         mesh=mesh(),
         in_specs=(P(),) * len(trees) + (P("data"),),
         out_specs=P(),
-        **({} if layout == "checked" else UNCHECKED),
+        **options,
     )
     results = each_device(jax.jit(mapped)(*trees, (X, Y)))
   for other in results[1:]:
@@ -419,7 +415,7 @@ def test_a_state_placed_like_the_parameters_compiles_once():
   tx = asam_jax.adaptive_sam(optax.sgd(0.1))
   misses = []
   for place in (lambda state: state, lambda s: jax.device_put(s, replicated)):
-    step = jax.jit(optimizer_step(tx, "jit"))
+    step: Any = jax.jit(optimizer_step(tx, "jit"))
     w, state = params, place(tx.init(params))
     for _ in range(3):
       w, state = step(w, state, batch)
@@ -432,7 +428,7 @@ def test_a_state_made_under_jit_compiles_once():
   rows = jax.sharding.NamedSharding(mesh(), P("data"))
   params, batch = jax.device_put(PARAMS, replicated), jax.device_put(WHOLE, rows)
   tx = asam_jax.adaptive_sam(optax.sgd(0.1))
-  step = jax.jit(optimizer_step(tx, "jit"))
+  step: Any = jax.jit(optimizer_step(tx, "jit"))
   w, state = params, jax.jit(tx.init, out_shardings=replicated)(params)
   for _ in range(3):
     w, state = step(w, state, batch)
