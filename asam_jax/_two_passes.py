@@ -303,7 +303,7 @@ def ascent_chain(tx: Any) -> optax.GradientTransformationExtraArgs:
   return _arguments.transformation("ascent_tx", tx, "asam_jax.ascent(rho)")
 
 
-def link(tx: Any) -> optax.GradientTransformationExtraArgs:
+def link(tx: Any) -> Link:
   """The argument link, checked."""
   if not isinstance(tx, Link):
     what = "a whole optimizer" if isinstance(tx, Optimizer) else f"{type(tx).__name__}"
