@@ -265,7 +265,7 @@ def link_of(
 
 def averaging(axis_name: Any, average_ascent: bool) -> None:
   """Checks the arguments axis_name and average_ascent."""
-  if average_ascent and axis_name is None:
+  if _arguments.flag("average_ascent", average_ascent) and axis_name is None:
     raise ValueError(
         "average_ascent=True with axis_name=None: pass the axis_name to average"
         " the ascent gradient over."

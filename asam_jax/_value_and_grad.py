@@ -152,7 +152,6 @@ class Door:
   with_info: bool
 
   def __post_init__(self):
-    _arguments.flag("average_ascent", self.average_ascent)
     _arguments.flag("with_info", self.with_info)
     for name, value in (("rho", self.rho), ("eta", self.geometry.eta)):
       if callable(value):
