@@ -22,6 +22,7 @@ def adaptive_sam(
     normalize: _g.LeafSelection | None = None,
     perturb: _g.LeafSelection | None = None,
     axis_name: Any = None,
+    average_ascent: bool = False,
     with_info: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adaptive sharpness-aware minimization (ASAM).
@@ -59,6 +60,7 @@ def adaptive_sam(
     normalize: the leaves that get T_w; see :func:`asam_jax.ascent`.
     perturb: the leaves that are perturbed at all; see :func:`asam_jax.ascent`.
     axis_name: see :func:`asam_jax.perturbed_gradient`.
+    average_ascent: likewise.
     with_info: whether to keep an :class:`asam_jax.AscentInfo` of the last step in
       the state, for ``optax.tree_utils.tree_get(state, "info")``. ``update`` then
       needs the losses: ``value`` is the one at w, and ``value_fn`` in place of
@@ -104,6 +106,7 @@ def adaptive_sam(
   link = _two_passes.link_of(
       _ascent.from_geometry(rho, geometry),
       axis_name,
+      average_ascent,
       info=geometry if _arguments.flag("with_info", with_info) else None,
       plain=True,
   )
@@ -118,6 +121,7 @@ def sam(
     *,
     perturb: _g.LeafSelection | None = None,
     axis_name: Any = None,
+    average_ascent: bool = False,
     with_info: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Sharpness-aware minimization (SAM): :func:`adaptive_sam` with T = 1.
@@ -132,6 +136,7 @@ def sam(
     p: the norm's exponent, a number in [1, inf].
     perturb: the leaves that are perturbed; see :func:`asam_jax.ascent`.
     axis_name: see :func:`asam_jax.perturbed_gradient`.
+    average_ascent: likewise.
     with_info: see :func:`adaptive_sam`.
 
   Returns:
@@ -162,5 +167,6 @@ def sam(
       normalization="none",
       perturb=perturb,
       axis_name=axis_name,
+      average_ascent=average_ascent,
       with_info=with_info,
   )

@@ -269,4 +269,4 @@ def vasso(
 
 
 def _link(ascent_tx: Any, axis_name: Any) -> _two_passes.Link:
-  return _two_passes.link_of(ascent_tx, axis_name, info=None, plain=False)
+  return _two_passes.link_of(ascent_tx, axis_name)

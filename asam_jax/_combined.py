@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from asam_jax import _arguments
+from asam_jax import _mesh
 from asam_jax import _trees
 from asam_jax import _two_passes
 
@@ -28,7 +29,8 @@ def combined(
   :math:`(1 - \alpha) g + \alpha \nabla L(w + \hat\epsilon)` (the gradient norm
   penalty, WSAM) is a line, see the example; alpha may be above 1.
 
-  Cost: two gradients a step; memory: none.
+  Cost: two gradients a step; memory: none. Where the link averages over an
+  ``axis_name``, ``combine`` gets both gradients averaged: one more all-reduce.
 
   Args:
     link: what maps the clean gradient to the perturbed one, such as
@@ -63,13 +65,15 @@ def combined(
 
   def update_fn(updates, state, params=None, **extra_args):
     perturbed, state = link.update(updates, state, params, **extra_args)
+    if link.axis_name is not None:  # a device's own would part the devices
+      updates = _mesh.mean(updates, link.axis_name)
     result = combine(updates, perturbed)
     _arguments.tree_like(
         f"the result of combine={combine!r}", result, perturbed, same_dtype=True
     )
     return result, state
 
-  return _two_passes.Link(link.init, update_fn)
+  return _two_passes.Link.over(link.axis_name, link.init, update_fn)
 
 
 def surrogate_gap(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from asam_jax import _arguments
 from asam_jax import _ascent
 from asam_jax import _geometry as _g
+from asam_jax import _mesh
 from asam_jax import _trees
 
 
@@ -19,7 +20,8 @@ class AscentInfo(NamedTuple):
   :func:`asam_jax.value_and_grad` returns it with ``with_info=True``, and
   :func:`asam_jax.adaptive_sam` keeps it in its state with ``with_info=True``. No
   entry costs a pass through the model. Under ``jit``, entries of
-  ``value_and_grad`` that are not used are not computed.
+  ``value_and_grad`` that are not used are not computed. With ``axis_name``, each entry
+  is the mean over the devices, and the same on all of them.
 
   Attributes:
     value: the loss L(w).
@@ -31,8 +33,8 @@ class AscentInfo(NamedTuple):
       its squares are summed in float32.
     normalized_gradient_norm: ||T_w g||_q, over the perturbed leaves.
     cosine: of the angle between the gradients at w and at w + epsilon; 0 if one of
-      them is zero. For this the gradient at w is kept during the second pass, one
-      copy of the parameters.
+      them is zero. Both are averaged where all devices share an ascent. For this the
+      gradient at w is kept during the second pass, one copy of the parameters.
     radius: ||T_w^{-1} ((w + epsilon) - w)||_p, the radius after rounding to the
       dtypes of the parameters. It is rho unless they are too coarse, and 0 for a zero
       gradient.
@@ -67,12 +69,26 @@ def empty(geometry: _g.Geometry, params: Any) -> AscentInfo:
 
 def next_info(last: AscentInfo, info: AscentInfo) -> AscentInfo:
   """The info with the steps counted so far, in the dtypes of the last one."""
+  info = finished(info)
   info = info._replace(nonfinite_steps=last.nonfinite_steps + info.nonfinite_steps)
   return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), info, last)
 
 
-def measured(geometry: _g.Geometry, passes: Any, plain: bool) -> AscentInfo:
-  """The info of one step; ``plain`` if epsilon is the closed form in this geometry."""
+def finished(info: AscentInfo) -> AscentInfo:
+  """The info with a count in place of the share of devices that were not finite."""
+  return info._replace(
+      nonfinite_steps=(info.nonfinite_steps > 0).astype(jnp.int32)
+  )
+
+
+def measured(
+    geometry: _g.Geometry, passes: Any, plain: bool, axis_name: Any = None
+) -> AscentInfo:
+  """The info of one step; ``plain`` if epsilon is the closed form in this geometry.
+
+  It is this device's own, but for the cosine of a common ascent; all entries are
+  floats, so that their mean can be taken.
+  """
   _check_losses(passes.clean.value, passes.perturbed.value)
   ascent = ascent_state(passes.ascent)
   sharpness, dual_norm = ascent.sharpness, ascent.dual_norm
@@ -95,11 +111,27 @@ def measured(geometry: _g.Geometry, passes: Any, plain: bool) -> AscentInfo:
       predicted_gap=sharpness,
       gradient_norm=length,
       normalized_gradient_norm=dual_norm,
-      cosine=_ratio(_ratio(_trees.dot(clean, perturbed), length), other),
+      cosine=_cosine(passes, length, other, axis_name),
       radius=radius,
       kept_share=kept_share,
-      nonfinite_steps=jnp.where(jnp.isfinite(length + other), 0, 1).astype(jnp.int32),
+      nonfinite_steps=jnp.where(jnp.isfinite(length + other), 0, 1).astype(
+          length.dtype
+      ),
   )
+
+
+def _cosine(passes: Any, length: Any, other: Any, axis_name: Any) -> jax.Array:
+  """Of the clean and the perturbed gradient, both averaged or both a device's own."""
+  clean = passes.clean.grads
+  own = _ratio(_ratio(_trees.dot(clean, passes.perturbed.grads), length), other)
+  if axis_name is None:
+    return own
+  averaged = jnp.sqrt(_trees.dot(passes.grads, passes.grads))
+  common = _ratio(_ratio(_trees.dot(clean, passes.grads), length), averaged)
+  if passes.common:
+    return common
+  # Where nothing checks it, an averaged gradient may come in.
+  return jnp.where(_mesh.same(length, axis_name), common, own)
 
 
 def ascent_state(state: Any) -> _ascent.AscentState:

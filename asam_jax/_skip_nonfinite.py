@@ -52,7 +52,7 @@ def skip_nonfinite(
     link: what maps the gradient at w to the one at w + epsilon, such as
       ``perturbed_gradient(ascent(...))``.
     axis_name: for ``pmap`` and ``shard_map``, the mesh axis (or axes) over which the
-      devices agree to skip; give it wherever the gradients are local.
+      devices agree to skip; by default the link's.
 
   Returns:
     An ``optax.GradientTransformationExtraArgs`` with state
@@ -74,6 +74,7 @@ def skip_nonfinite(
     0.0 1
   """
   base_tx, link = _two_passes.base(base_tx), _two_passes.link(link)
+  axis_name = link.axis_name if axis_name is None else axis_name
 
   def init_fn(params):
     return SkipNonfiniteState(

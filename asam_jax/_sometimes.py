@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from asam_jax import _arguments
+from asam_jax import _mesh
 from asam_jax import _trees
 from asam_jax import _two_passes
 
@@ -74,8 +75,9 @@ def sometimes(
   ``jit`` (under ``vmap`` both branches run). XLA's CPU backend runs convolutions
   inside ``lax.cond`` many times slower; there, make the choice outside ``jit``:
   ``update(..., ascend=True)`` or ``ascend=False`` with a Python bool compiles the
-  one branch alone, and the state is the same. Under ``shard_map`` pass averaged
-  gradients, so that all devices choose alike.
+  one branch alone, and the state is the same. Where the link averages over an
+  ``axis_name``, so does this with the clean gradient, wherever it decides or is
+  followed: all devices choose and step alike.
 
   Cost: one gradient a step, and a second one at the chosen steps; memory: none, or
   one copy of the parameters with ``reuse``.
@@ -125,6 +127,11 @@ def sometimes(
   for part, name in zip(gate, gate._fields, strict=True):
     _arguments.function(f"when.{name}", part, "as that of a Gate")
   link = _two_passes.link(link)
+  # The mean over the devices is wanted at every step, or else at skipped ones only.
+  always = bool(reuse) or isinstance(when, Gate)
+
+  def mean(grads):
+    return grads if link.axis_name is None else _mesh.mean(grads, link.axis_name)
 
   def init_fn(params):
     _arguments.all_arrays("params", params)
@@ -137,16 +144,19 @@ def sometimes(
           "params=None: call update(grads, state, params, grad_fn=grad_fn)."
       )
     _arguments.tree_like("the gradient", updates, params)
-    decision, gate_state = gate.update(updates, state.gate)
+    clean = mean(updates) if always else updates
+    decision, gate_state = gate.update(clean, state.gate)
 
     def perturbed():
       grads, link_state = link.update(updates, state.link, params, **extra_args)
       if not reuse:
         return grads, link_state, ()
-      return grads, link_state, _new_direction(updates, grads, state.reused)
+      return grads, link_state, _new_direction(clean, grads, state.reused)
 
     def skipped():
-      grads = _add_direction(updates, state.reused, reuse) if reuse else updates
+      grads = clean if always else mean(updates)
+      if reuse:
+        grads = _add_direction(grads, state.reused, reuse)
       return grads, state.link, state.reused
 
     chosen = decision if ascend is None else ascend
@@ -156,7 +166,7 @@ def sometimes(
       grads, *rest = lax.cond(_scalar_bool(chosen), perturbed, skipped)
     return grads, SometimesState(gate_state, *rest)
 
-  return _two_passes.Link(init_fn, update_fn)
+  return _two_passes.Link.over(link.axis_name, init_fn, update_fn)
 
 
 class AboveAverageState(NamedTuple):

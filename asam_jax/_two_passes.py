@@ -5,19 +5,29 @@ from typing import Any, NamedTuple
 import weakref
 
 import jax
-from jax import lax
 import optax
 
 from asam_jax import _arguments
 from asam_jax import _geometry as _g
 from asam_jax import _info
 from asam_jax import _interop
+from asam_jax import _mesh
 
 
 class Link(optax.GradientTransformationExtraArgs):
-  """A transformation from the gradient at w to the one to descend along."""
+  """A transformation from the gradient at w to the one to descend along.
 
-  __slots__ = ()
+  ``axis_name`` is the mesh axis over which it averages, for links around it, which
+  have a use for the gradient at w.
+  """
+
+  axis_name: Any = None
+
+  @classmethod
+  def over(cls, axis_name: Any, init: Any, update: Any) -> "Link":
+    link = cls(init, update)
+    link.axis_name = axis_name
+    return link
 
 
 class Optimizer(optax.GradientTransformationExtraArgs):
@@ -41,7 +51,11 @@ class Pass(NamedTuple):
 
 
 class TwoPasses(NamedTuple):
-  """What both passes gave, and the gradient to descend along."""
+  """What both passes gave, and the gradient to descend along.
+
+  ``common`` tells whether all devices share the ascent; what ``perturbed`` has is
+  a device's own all the same.
+  """
 
   params: Any
   point: Any
@@ -49,6 +63,7 @@ class TwoPasses(NamedTuple):
   perturbed: Pass
   grads: Any
   ascent: Any
+  common: bool
 
 
 def two_passes(
@@ -66,17 +81,21 @@ def two_passes(
   """Clean pass, ascent chain, perturbed pass; every door comes here.
 
   ``evaluate`` is called at w + epsilon, and at w unless ``clean`` is given; ``source``
-  names in errors what it calls.
+  names in errors what it calls. Its gradients are each device's own.
   """
+  if axis_name is not None:
+    at_own = evaluate
+    evaluate = lambda point: at_own(_mesh.own(point, axis_name))  # noqa: E731
+  ascend_along = (lambda g: _mesh.mean(g, axis_name)) if average_ascent else lambda g: g
   try:
     clean = evaluate(params) if clean is None else clean
-    if average_ascent:
-      clean = clean._replace(grads=lax.pmean(clean.grads, axis_name))
+    clean = clean._replace(grads=ascend_along(clean.grads))
     epsilon, ascent_state = ascent_tx.update(
         clean.grads,
         ascent_state,
         params,
-        grad_fn=lambda point: evaluate(point).grads,  # for several ascent steps
+        # For several ascent steps.
+        grad_fn=lambda point: ascend_along(evaluate(point).grads),
         **(extra_args or {}),
     )
     point = optax.apply_updates(params, epsilon)
@@ -90,8 +109,10 @@ def two_passes(
   )
   grads = perturbed.grads
   if axis_name is not None:
-    grads = lax.pmean(grads, axis_name)
-  return TwoPasses(params, point, clean, perturbed, grads, ascent_state)
+    grads = _mesh.mean(grads, axis_name)
+  return TwoPasses(
+      params, point, clean, perturbed, grads, ascent_state, average_ascent
+  )
 
 
 class PerturbedGradientState(NamedTuple):
@@ -111,6 +132,7 @@ def perturbed_gradient(
     ascent_tx: optax.GradientTransformation,
     *,
     axis_name: Any = None,
+    average_ascent: bool = False,
     info: _g.Geometry | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Replaces the gradient at w by the gradient at w + epsilon.
@@ -131,9 +153,14 @@ def perturbed_gradient(
       perturbation to add, such as :func:`asam_jax.ascent`, alone or behind other
       links.
     axis_name: for ``pmap`` and ``shard_map``, the mesh axis (or axes) over which
-      the gradient at the perturbed point is averaged. Pass local gradients for an
-      ascent per device (m-sharpness, one all-reduce a step), averaged ones for a
-      common ascent. Under ``jit`` with sharded arrays leave it None.
+      the gradient at the perturbed point is averaged. The gradient at w comes in as
+      the device's own, and each device ascends along it (m-sharpness, one all-reduce
+      a step). In a ``shard_map`` that checks what varies, take it at parameters that
+      vary: ``jax.grad(loss)(jax.lax.pcast(params, axis_name, to="varying"), batch)``.
+      What the state keeps is the mean over the devices, and the same on each. Under
+      ``jit`` with sharded arrays leave it None.
+    average_ascent: whether the ascent gradient is averaged over ``axis_name`` too:
+      one perturbation for all devices, and two all-reduces.
     info: the :class:`asam_jax.Geometry` in which to measure an
       :class:`asam_jax.AscentInfo` of the last step, which is kept in the state; None
       for none. ``update`` then needs ``value``, the loss at w, and ``value_fn``.
@@ -143,8 +170,10 @@ def perturbed_gradient(
     :class:`PerturbedGradientState`. Extra arguments go on to ``ascent_tx``.
 
   Raises:
-    ValueError: in ``update``, without params, without grad_fn and value_fn, or with
-      info and without value or value_fn.
+    ValueError: for average_ascent without axis_name; in ``update``, without params,
+      without grad_fn and value_fn, with info and without value or value_fn, or with a
+      gradient that a ``shard_map`` knows to be the same on all devices of
+      ``axis_name``.
     TypeError: if ascent_tx is no transformation, or one that makes whole steps; in
       ``update``, if grad_fn's result has another structure, shape or dtype than
       params.
@@ -160,13 +189,18 @@ def perturbed_gradient(
     >>> print(grads.tolist())  # 2 (w + epsilon)
     [6.294, 8.697]
   """
-  return link_of(ascent_tx, axis_name, info, plain=False)
+  return link_of(ascent_tx, axis_name, average_ascent, info)
 
 
 def link_of(
-    ascent_tx: Any, axis_name: Any, info: _g.Geometry | None, plain: bool
+    ascent_tx: Any,
+    axis_name: Any,
+    average_ascent: bool = False,
+    info: _g.Geometry | None = None,
+    plain: bool = False,
 ) -> Link:
   """``perturbed_gradient``; ``plain`` if ascent_tx is the closed form in ``info``."""
+  averaging(axis_name, average_ascent)
   ascent_tx = ascent_chain(ascent_tx)
   if info is not None and not isinstance(info, _g.Geometry):
     raise TypeError(f"info={info!r} must be an asam_jax.Geometry or None.")
@@ -208,18 +242,34 @@ def link_of(
       source, evaluate = "value_fn's gradient", _evaluation(value_fn)
     else:
       source, evaluate = "grad_fn", lambda point: Pass(grad_fn(point))
+    if axis_name is not None:
+      _mesh.check_own(updates, axis_name)
     clean = Pass(updates, extra_args.get("value"))
     passes = two_passes(
         evaluate, ascent_tx, state.ascent, params, clean,
-        axis_name=axis_name, source=source, extra_args=extra_args,
+        axis_name=axis_name, average_ascent=average_ascent, source=source,
+        extra_args=extra_args,
     )
-    entry = state.info
+    kept = PerturbedGradientState(passes.ascent)
     if info is not None:
       geometry = info.at(_info.ascent_state(state.ascent).count)
-      entry = _info.next_info(entry, _info.measured(geometry, passes, plain))
-    return passes.grads, PerturbedGradientState(passes.ascent, entry)
+      kept = kept._replace(info=_info.measured(geometry, passes, plain, axis_name))
+    if axis_name is not None:
+      kept = _mesh.mean(kept, axis_name)
+    if info is not None:
+      kept = kept._replace(info=_info.next_info(state.info, kept.info))
+    return passes.grads, kept
 
-  return Link(init_fn, update_fn)
+  return Link.over(axis_name, init_fn, update_fn)
+
+
+def averaging(axis_name: Any, average_ascent: bool) -> None:
+  """Checks the arguments axis_name and average_ascent."""
+  if _arguments.flag("average_ascent", average_ascent) and axis_name is None:
+    raise ValueError(
+        "average_ascent=True with axis_name=None: pass the axis_name to average"
+        " the ascent gradient over."
+    )
 
 
 def _evaluation(value_fn: Any) -> Callable[[Any], Pass]:
@@ -253,7 +303,7 @@ def ascent_chain(tx: Any) -> optax.GradientTransformationExtraArgs:
   return _arguments.transformation("ascent_tx", tx, "asam_jax.ascent(rho)")
 
 
-def link(tx: Any) -> optax.GradientTransformationExtraArgs:
+def link(tx: Any) -> Link:
   """The argument link, checked."""
   if not isinstance(tx, Link):
     what = "a whole optimizer" if isinstance(tx, Optimizer) else f"{type(tx).__name__}"

@@ -14,6 +14,7 @@ from asam_jax import _arguments
 from asam_jax import _ascent
 from asam_jax import _geometry as _g
 from asam_jax import _info
+from asam_jax import _mesh
 from asam_jax import _microbatched
 from asam_jax import _two_passes
 from asam_jax._stochastic_rounding import StochasticRoundingState
@@ -79,8 +80,9 @@ def value_and_grad(
       function that takes ``jax.value_and_grad(fun, argnums, has_aux)`` to the same in
       smaller pieces, such as ``lambda f: microbatched(f, 32, argnums=(1, 2))``. See
       :func:`asam_jax.microbatched`.
-    axis_name: for ``pmap`` and ``shard_map``, the mesh axis over which the returned
-      gradient is averaged; the value stays local.
+    axis_name: for ``pmap`` and ``shard_map``, the mesh axis (or axes) over which the
+      returned gradient is averaged; value and aux stay the device's own. Replicated
+      parameters go in as they are, whether or not ``shard_map`` checks what varies.
     average_ascent: whether the ascent gradient is averaged over ``axis_name`` too:
       one perturbation for all devices, and two all-reduces. By default each device
       ascends on its own share of the batch (m-sharpness).
@@ -150,7 +152,6 @@ class Door:
   with_info: bool
 
   def __post_init__(self):
-    _arguments.flag("average_ascent", self.average_ascent)
     _arguments.flag("with_info", self.with_info)
     for name, value in (("rho", self.rho), ("eta", self.geometry.eta)):
       if callable(value):
@@ -158,11 +159,7 @@ class Door:
             f"{name}={value!r} is a schedule, but a function transformation has no"
             f" step count; pass {name}=schedule(step) inside the training step."
         )
-    if self.average_ascent and self.axis_name is None:
-      raise ValueError(
-          "average_ascent=True with axis_name=None: pass the axis_name to average"
-          " the ascent gradient over."
-      )
+    _two_passes.averaging(self.axis_name, self.average_ascent)
     if self.ascent is None:
       _arguments.scalar("rho", self.rho)
     else:
@@ -208,7 +205,10 @@ class Door:
     result = passes.clean.result, passes.grads
     if not self.with_info:
       return result
-    return *result, _info.measured(self.geometry, passes, plain)
+    info = _info.measured(self.geometry, passes, plain, self.axis_name)
+    if self.axis_name is not None:
+      info = _mesh.mean(info, self.axis_name)
+    return *result, _info.finished(info)
 
 
 def _differs(value: Any, default: Any) -> bool:

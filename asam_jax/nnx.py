@@ -17,6 +17,7 @@ import optax
 from asam_jax import _arguments
 from asam_jax import _geometry as _g
 from asam_jax import _interop
+from asam_jax import _mesh
 from asam_jax import _microbatched
 from asam_jax import _two_passes
 from asam_jax import _value_and_grad as _door
@@ -129,7 +130,12 @@ def value_and_grad(
   def wrapped(*args: Any, **kwargs: Any) -> Any:
     params = _params(args, place, wrt)
     start = nnx.clone((args, kwargs))  # before the clean pass advances anything
-    result, form = passes(*args, **kwargs)
+    if axis_name is None:
+      result, form = passes(*args, **kwargs)
+    else:
+      nnx.update(args[place], _mesh.own(params, axis_name))
+      result, form = passes(*args, **kwargs)
+      nnx.update(args[place], params)
 
     def at(result, grads):
       value = result[0] if has_aux else result

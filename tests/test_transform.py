@@ -244,11 +244,10 @@ def common_reference(params, x, y):
 
 def door_update(params, x, y, average):
   grad_fn = functools.partial(jax.grad(regression_loss), x=x, y=y)
-  tx = asam_jax.adaptive_sam(record_base(), 0.3, axis_name="batch")
-  grads = grad_fn(params)
-  if average:
-    grads = jax.lax.pmean(grads, "batch")
-  return tx.update(grads, tx.init(params), params, grad_fn=grad_fn)[0]
+  tx = asam_jax.adaptive_sam(
+      record_base(), 0.3, axis_name="batch", average_ascent=average
+  )
+  return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
 
 
 def door_function(params, x, y, average):

@@ -1,0 +1,87 @@
+"""What the devices of a ``shard_map`` or ``pmap`` hold, and what they agree on."""
+
+from typing import Any
+
+import jax
+from jax import lax
+from jax import tree_util as jtu
+import jax.numpy as jnp
+
+from asam_jax import _arguments
+from asam_jax import _ascent
+
+
+def axes_of(axis_name: Any) -> tuple[Any, ...]:
+  """The names of one mesh axis or several."""
+  return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+
+
+def varying(x: Any) -> frozenset[Any]:
+  """The mesh axes over which a checked ``shard_map`` sees x differ."""
+  if not hasattr(jax, "typeof"):
+    return frozenset()
+  kind = jax.typeof(x)  # JAX 0.6 to 0.9 say `vma`, later ones `mat.varying`
+  kind = getattr(kind, "mat", kind)
+  return frozenset(getattr(kind, "varying", getattr(kind, "vma", ())))
+
+
+def own(tree: Any, axis_name: Any) -> Any:
+  """The same values as each device's own, for gradients that are its own as well.
+
+  A checked ``shard_map`` sums the gradient with respect to what all devices share.
+  Where nothing is checked, nothing is summed, and nothing need be done.
+  """
+  for axis in axes_of(axis_name):
+    index = lax.axis_index(axis)  # varies wherever it is checked what does
+
+    def cast(x, axis=axis, index=index):
+      return x if axis in varying(x) else _ascent.vary_as(x, index)
+
+    tree = jax.tree.map(cast, tree)
+  return tree
+
+
+def check_own(grads: Any, axis_name: Any) -> None:
+  """Raises if the type tells that a gradient is no device's own."""
+  for axis in axes_of(axis_name):
+    if axis not in varying(lax.axis_index(axis)):
+      continue
+    for path, leaf in jtu.tree_leaves_with_path(grads):
+      if _arguments.is_float(leaf) and axis not in varying(leaf):
+        cast = (
+            f"jax.lax.pcast(params, {axis!r}, to='varying')"
+            if hasattr(lax, "pcast")
+            else f"jax.lax.pvary(params, {axis!r})"
+        )
+        raise ValueError(
+            f"gradient{jtu.keystr(path)} is the same on all devices of axis_name="
+            f"{axis!r}: where parameters are replicated, shard_map sums their gradient"
+            " over the devices, which is as many times too large, and no device has one"
+            " of its own to ascend along. Differentiate at parameters that vary, as in"
+            f" jax.grad(loss)({cast}, batch), or take asam_jax.value_and_grad, which"
+            " does so. For one ascent for all devices give average_ascent=True."
+        )
+
+
+def mean(tree: Any, axis_name: Any) -> Any:
+  """Each float leaf's mean over the devices, with all scalars in one vector."""
+  leaves, treedef = jtu.tree_flatten(tree)
+  floats = [i for i, x in enumerate(leaves) if _arguments.is_float(x)]
+  arrays = [i for i in floats if jnp.ndim(leaves[i])]
+  scalars = [i for i in floats if not jnp.ndim(leaves[i])]
+  exchanged = [leaves[i] for i in arrays]
+  if scalars:
+    dtype = jnp.result_type(jnp.float32, *(leaves[i] for i in scalars))
+    exchanged.append(jnp.stack([jnp.asarray(leaves[i], dtype) for i in scalars]))
+  means = lax.pmean(exchanged, axis_name) if exchanged else []
+  if scalars:
+    means = [*means[:-1], *means[-1]]
+  for i, x in zip(arrays + scalars, means, strict=True):
+    leaves[i] = x.astype(_arguments.dtype_of(leaves[i]))
+  return jtu.tree_unflatten(treedef, leaves)
+
+
+def same(x: jax.Array, axis_name: Any) -> jax.Array:
+  """Whether a scalar is the same on all devices."""
+  highest, lowest = lax.pmax(jnp.stack([x, -x]), axis_name)
+  return highest == -lowest

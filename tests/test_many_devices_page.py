@@ -1,0 +1,79 @@
+"""The page on many devices: its code runs, and gives what the page says it does."""
+
+from pathlib import Path
+import re
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import asam_jax
+from tests import devices
+
+PAGE = (Path(__file__).parent.parent / "docs" / "many_devices.md").read_text()
+CODE = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+pytestmark = pytest.mark.skipif(
+    not devices.HAS_EXPLICIT, reason=f"the page is for newer JAX; {devices.NO_EXPLICIT}"
+)
+
+
+@pytest.fixture(scope="module")
+def page():
+  """The names that the page's code leaves, one block after the other."""
+  assert len(CODE) > 10
+  names = {}
+  for number, code in enumerate(CODE):
+    exec(compile(code, f"many_devices.md, block {number}", "exec"), names)
+  return names
+
+
+def close(got, expected):
+  chex.assert_trees_all_close(
+      jax.device_get(got), jax.device_get(expected), rtol=1e-5, atol=2e-6
+  )
+
+
+@pytest.mark.parametrize(
+    "name", ["data_parallel", "data_parallel_explicit", "fsdp", "data_tensor"]
+)
+def test_layouts(page, name):
+  close(page[name], page["one_device"])
+
+
+def test_the_step_is_compiled_once(page):
+  assert page["compiled_once"]._cache_size() == 1
+
+
+def test_an_ascent_for_each_device_or_four_rows(page):
+  fun = jax.jit(asam_jax.value_and_grad(page["loss"], rho=0.5))
+
+  def mean_over(pieces):
+    results = [fun(page["start"], piece) for piece in pieces]
+    return jax.tree.map(lambda *xs: np.mean(np.array(xs), 0), *results)
+
+  rows = [jax.tree.map(lambda x, i=i: x[8 * i : 8 * i + 8], page["examples"])
+          for i in range(8)]
+  close((page["value"], page["grads"]), mean_over(rows))
+  halves = [jax.tree.map(lambda x, i=i: x[i::2], each) for each in rows
+            for i in range(2)]
+  close((page["value_m4"], page["grads_m4"]), mean_over(halves))
+
+
+@pytest.mark.parametrize("suffix", ["jit", "map"])
+def test_microbatches(page, suffix):
+  expected = asam_jax.value_and_grad(page["loss"], rho=0.5)(
+      page["start"], page["examples"])
+  close((page[f"value_{suffix}"], page[f"grads_{suffix}"]), expected)
+
+
+@pytest.mark.parametrize("suffix", ["w", "p", "s"])
+def test_weights(page, suffix):
+  real = jax.tree.map(lambda x: x[:40], page["examples"])
+  expected = asam_jax.value_and_grad(page["loss"], rho=0.5)(page["start"], real)
+  close((page[f"value_{suffix}"], page[f"grads_{suffix}"]), expected)
+
+
+def test_links():
+  for link in re.findall(r"\]\(([^)#:]+)\)", PAGE):
+    assert (Path(__file__).parent.parent / "docs" / link).exists()
