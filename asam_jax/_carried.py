@@ -82,7 +82,13 @@ def carried(
   Batch statistics that the model gathers in training are those at
   :math:`w + \hat\epsilon`, not at w: at a large rho the accuracy of
   ``eval_params(opt_state)`` with them is lower than it need be. Gather them anew before
-  an evaluation that counts: a few training-mode forward passes at w, without a step.
+  an evaluation that counts, by training-mode passes at w without a step. In Flax::
+
+    params = asam_jax.eval_params(opt_state)
+    for x in batches:  # 1 / (1 - momentum) of them, or some more
+      _, new = model.apply({"params": params, "batch_stats": batch_stats}, x,
+                           train=True, mutable=["batch_stats"])
+      batch_stats = new["batch_stats"]
 
   The state is the truth about w. Parameters that are changed from outside (projected,
   loaded, averaged) are moved back to where the state says at the next update; change

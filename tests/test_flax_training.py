@@ -150,3 +150,40 @@ def test_unmodified_train_state_with_the_optimizer_says_what_is_missing():
   )
   with pytest.raises(ValueError, match="grad_fn=None"):
     state.apply_gradients(grads=VARIABLES["params"])
+
+
+def test_batch_statistics_of_a_carried_method_are_gathered_anew():
+  # What the docstring of `carried` advises: statistics at w, not at w + epsilon.
+  class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+      x = nn.Dense(8)(x)
+      return nn.BatchNorm(use_running_average=not train, momentum=0.5)(x)
+
+  model = Normed()
+  variables = model.init(jax.random.key(0), X, train=True)
+  tx = asam_jax.carried(optax.sgd(0.1), asam_jax.ascent(rho=5.0))
+  params, batch_stats = variables["params"], variables["batch_stats"]
+  opt_state = tx.init(params)
+
+  @jax.jit
+  def passed(params, batch_stats):
+    y, new = model.apply({"params": params, "batch_stats": batch_stats}, X,
+                         train=True, mutable=["batch_stats"])
+    return jnp.mean((y - 1) ** 2), new["batch_stats"]
+
+  for _ in range(5):
+    (_, batch_stats), grads = jax.value_and_grad(passed, has_aux=True)(
+        params, batch_stats
+    )
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+  clean = asam_jax.eval_params(opt_state)
+  gathered = batch_stats
+  for _ in range(30):
+    _, gathered = passed(clean, gathered)
+  hidden = X @ clean["Dense_0"]["kernel"] + clean["Dense_0"]["bias"]
+  mean = gathered["BatchNorm_0"]["mean"]
+  np.testing.assert_allclose(mean, hidden.mean(0), atol=1e-5)
+  trained = batch_stats["BatchNorm_0"]["mean"]
+  assert np.linalg.norm(trained - hidden.mean(0)) > 0.05
