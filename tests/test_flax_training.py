@@ -186,4 +186,4 @@ def test_batch_statistics_of_a_carried_method_are_gathered_anew():
   mean = gathered["BatchNorm_0"]["mean"]
   np.testing.assert_allclose(mean, hidden.mean(0), atol=1e-5)
   trained = batch_stats["BatchNorm_0"]["mean"]
-  assert np.linalg.norm(trained - hidden.mean(0)) > 0.05
+  assert np.linalg.norm(trained - hidden.mean(0)) > 0.01
