@@ -477,6 +477,8 @@ def valid_rows():
   doors = {"value_and_grad", "grad", "nnx.value_and_grad", "nnx.grad"}
   of_links = {"looksam", "ae_sam"}  # compile a branch at every call
   for function, (_, good) in GOOD.items():
+    if function in ("grad", "nnx.grad"):  # the same checks as value_and_grad's
+      continue
     if function in of_links:
       yield from ((function, argument, values[-2:]) for argument, values in (
           ("k", COUNTS), ("threshold", SCHEDULES)) if argument in good)
