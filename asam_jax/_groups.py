@@ -13,9 +13,9 @@ from asam_jax import _mesh
 from asam_jax import _microbatched
 
 
-def check(m: Any, accumulate: Any, average_ascent: bool) -> None:
-  """Checks the argument m_sharpness against the others."""
-  _arguments.count("m_sharpness", m)
+def check(m: Any, accumulate: Any, average_ascent: bool) -> int:
+  """The argument m_sharpness, checked, alone and against the others."""
+  m = _arguments.count("m_sharpness", m)
   if accumulate is not None:
     raise ValueError(
         f"m_sharpness={m} and accumulate={accumulate!r} are both given; accumulate has"
@@ -27,6 +27,7 @@ def check(m: Any, accumulate: Any, average_ascent: bool) -> None:
         f"m_sharpness={m} and average_ascent=True are both given; average_ascent has"
         " one perturbation for the batches of all devices."
     )
+  return m
 
 
 def _check_rows(m: int, batch: Any, others: Any) -> None:

@@ -135,7 +135,7 @@ def value_and_grad(
   checked = _arguments.real_valued("fun(...)", fun, has_aux)
   clean = jax.value_and_grad(checked, argnums, has_aux)
   if m_sharpness is not None:
-    _groups.check(m_sharpness, accumulate, average_ascent)
+    m_sharpness = _groups.check(m_sharpness, accumulate, average_ascent)
     door = dataclasses.replace(door, axis_name=None)
   if accumulate is not None:
     clean = accumulated(clean, accumulate, argnums)
