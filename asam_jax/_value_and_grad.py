@@ -13,6 +13,7 @@ import optax
 from asam_jax import _arguments
 from asam_jax import _ascent
 from asam_jax import _geometry as _g
+from asam_jax import _groups
 from asam_jax import _info
 from asam_jax import _mesh
 from asam_jax import _microbatched
@@ -39,6 +40,7 @@ def value_and_grad(
     accumulate: Accumulate = None,
     axis_name: Any = None,
     average_ascent: bool = False,
+    m_sharpness: int | None = None,
     with_info: bool = False,
 ) -> Callable[..., Any]:
   r"""``jax.value_and_grad``, but the gradient is taken at w + epsilon.
@@ -86,6 +88,13 @@ def value_and_grad(
     average_ascent: whether the ascent gradient is averaged over ``axis_name`` too:
       one perturbation for all devices, and two all-reduces. By default each device
       ascends on its own share of the batch (m-sharpness).
+    m_sharpness: m, for one perturbation per m examples; by default there is one for
+      the batch. The first positional argument that is not differentiated is the batch,
+      and its rows 0 to m - 1 are the first m examples, and so on. Under ``jit`` the
+      step is the same on any number of devices that share the rows, with one
+      all-reduce where m is at most a device's share. Results are the means over the
+      groups (integers in aux are added up); the random keys are the same for all
+      groups. A device holds the perturbed parameters of all its groups at a time.
     with_info: whether to return an :class:`AscentInfo` as well.
 
   Returns:
@@ -95,7 +104,9 @@ def value_and_grad(
 
   Raises:
     ValueError, TypeError: as :func:`asam_jax.ascent` does; TypeError if rho or eta
-      is a schedule; ValueError for average_ascent without axis_name, for both ascent
+      is a schedule; ValueError for average_ascent without axis_name, for m_sharpness
+      together with average_ascent or accumulate or (in the call) with a batch that it
+      does not divide, for both ascent
       and rho or geometry, and for an ascent chain with a state.
 
   Examples:
@@ -123,11 +134,13 @@ def value_and_grad(
   _arguments.flag("has_aux", has_aux)
   checked = _arguments.real_valued("fun(...)", fun, has_aux)
   clean = jax.value_and_grad(checked, argnums, has_aux)
+  if m_sharpness is not None:
+    m_sharpness = _groups.check(m_sharpness, accumulate, average_ascent)
+    door = dataclasses.replace(door, axis_name=None)
   if accumulate is not None:
     clean = accumulated(clean, accumulate, argnums)
 
-  @functools.wraps(fun)
-  def wrapped(*args: Any, **kwargs: Any) -> Any:
+  def step(args, kwargs):
     params = _get(args, argnums)
 
     def evaluate(point):
@@ -135,6 +148,20 @@ def value_and_grad(
       return _two_passes.Pass(grads, result[0] if has_aux else result, result)
 
     return door.passes(_traced_once(evaluate), params)
+
+  @functools.wraps(fun)
+  def wrapped(*args: Any, **kwargs: Any) -> Any:
+    if m_sharpness is None:
+      return step(args, kwargs)
+    # Averaged over the groups first, and once over the devices then.
+    if axis_name is not None:
+      args = _set(args, argnums, _mesh.own(_get(args, argnums), axis_name))
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    results = _groups.each(
+        step, m_sharpness, args, kwargs, batch_argument(numbers), numbers, axis_name
+    )
+    _two_passes.mark_perturbed(results[1])
+    return results
 
   setattr(wrapped, _two_passes.PERTURBED, True)
   return wrapped
@@ -268,10 +295,10 @@ def accumulated(
   if callable(accumulate):
     return accumulate(clean)
   size = _arguments.count("accumulate", accumulate)
-  return microbatched(clean, size, _batch_argument(argnums))
+  return microbatched(clean, size, batch_argument(argnums))
 
 
-def _batch_argument(argnums: int | Sequence[int]) -> int:
+def batch_argument(argnums: int | Sequence[int]) -> int:
   """The first positional argument that is not differentiated."""
   numbers = {argnums} if isinstance(argnums, int) else set(argnums)
   return next(i for i in range(len(numbers) + 1) if i not in numbers)

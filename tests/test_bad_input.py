@@ -210,8 +210,11 @@ GOOD: dict[str, tuple[Any, dict[str, Any]]] = {
     "skip_nonfinite": optimizer(asam_jax.skip_nonfinite, base_tx=SGD, link=link()),
     "stochastic_rounding": optimizer(asam_jax.stochastic_rounding, key=0),
     "value_and_grad": (
-        without_ascent(door(asam_jax.value_and_grad, loss, W, ROWS)), DOOR_GOOD),
-    "grad": (without_ascent(door(asam_jax.grad, loss, W, ROWS)), DOOR_GOOD),
+        without_ascent(door(asam_jax.value_and_grad, loss, W, ROWS)),
+        DOOR_GOOD | {"m_sharpness": None}),
+    "grad": (
+        without_ascent(door(asam_jax.grad, loss, W, ROWS)),
+        DOOR_GOOD | {"m_sharpness": None}),
     "nnx.value_and_grad": (
         without_ascent(door(asam_jax.nnx.value_and_grad, module_loss, MODEL, ROWS)),
         DOOR_GOOD | {"fun": module_loss}),
@@ -314,6 +317,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "has_aux": FLAG, "average_ascent": FLAG, "with_info": FLAG,
     "ascent": tuple(value for value in ASCENT if value is not None),
     "accumulate": tuple(x for x in COUNT if not (x is None or callable(x))),
+    "m_sharpness": tuple(x for x in COUNT if x is not None),
     "batch": ("rows", 3.0, (), None, jnp.ones((0, 2)), (jnp.ones(3), jnp.ones(4)),
               object(), ["a"]),
     "weights": (3, "sum", ROWS, *(
@@ -450,6 +454,7 @@ VALID: dict[str, tuple[Any, ...]] = {
     "rho": NUMBERS, "eta": NUMBERS, "decay": DECAYS, "sigma": (*NUMBERS, -0.5),
     "reuse": NUMBERS, "threshold": (*NUMBERS, *SCHEDULES, -1.0), "k": COUNTS,
     "steps": COUNTS, "size": COUNTS, "accumulate": (None, np.int64(2)),
+    "m_sharpness": (None, np.int64(2)),
     "p": (1, 2, 1.5, math.inf, np.inf, np.float32(2), np.int64(3)),
     "normalize": SELECTIONS, "perturb": SELECTIONS,
     "normalization": ("none", "layerwise", "filterwise", asam_jax.filterwise,
@@ -477,6 +482,8 @@ def valid_rows():
   doors = {"value_and_grad", "grad", "nnx.value_and_grad", "nnx.grad"}
   of_links = {"looksam", "ae_sam"}  # compile a branch at every call
   for function, (_, good) in GOOD.items():
+    if function in ("grad", "nnx.grad"):  # the same checks as value_and_grad's
+      continue
     if function in of_links:
       yield from ((function, argument, values[-2:]) for argument, values in (
           ("k", COUNTS), ("threshold", SCHEDULES)) if argument in good)

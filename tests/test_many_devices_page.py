@@ -10,6 +10,7 @@ import pytest
 
 import asam_jax
 from tests import devices
+from tests.devices import Spec
 
 PAGE = (Path(__file__).parent.parent / "docs" / "many_devices.md").read_text()
 CODE = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
@@ -55,9 +56,30 @@ def test_an_ascent_for_each_device_or_four_rows(page):
   rows = [jax.tree.map(lambda x, i=i: x[8 * i : 8 * i + 8], page["examples"])
           for i in range(8)]
   close((page["value"], page["grads"]), mean_over(rows))
+  # The first step of momentum is that of SGD.
+  descended = jax.tree.map(lambda w, g: w - 0.1 * g, page["start"], page["grads"])
+  close(page["stepped"], descended)
   halves = [jax.tree.map(lambda x, i=i: x[i::2], each) for each in rows
             for i in range(2)]
   close((page["value_m4"], page["grads_m4"]), mean_over(halves))
+
+
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [("per_device", 1), ("per_four_rows", 1), ("accumulated_by_hand", 2)],
+)
+def test_exchanges_by_hand(page, name, times):
+  mapped = jax.shard_map(
+      page[name], mesh=page["mesh"], in_specs=(Spec(), Spec("data")), out_specs=Spec()
+  )
+  compiled = jax.jit(mapped).lower(page["params"], page["batch"]).compile()
+  found = devices.exchanges(compiled)
+  sizes = [w.size for w in page["start"].values()]
+  assert found.arrays == {("all-reduce", size): times for size in sizes}
+  assert found.scalars <= 1  # the loss
+  # None stands in a loop.
+  entry = compiled.as_text().split("\nENTRY ")[1]
+  assert entry.count(" all-reduce(") == compiled.as_text().count(" all-reduce(")
 
 
 @pytest.mark.parametrize("suffix", ["jit", "map"])
