@@ -63,6 +63,20 @@ def check_own(grads: Any, axis_name: Any) -> None:
         )
 
 
+def check_whole(params: Any, axis_name: Any) -> None:
+  """Raises if the type tells that a parameter is a shard, whose norm is not its own."""
+  for path, leaf in jtu.tree_leaves_with_path(params):
+    others = varying(leaf) - set(axes_of(axis_name))
+    if others:
+      raise ValueError(
+          f"params{jtu.keystr(path)} differs over {sorted(others, key=str)}, which"
+          f" axis_name={axis_name!r} does not name: of parameters that are sharded by"
+          " hand, each device would take the norm of its shard alone. Shard them under"
+          " jit, without shard_map; or gather them before the step; or name the axis"
+          " in axis_name where devices share the parameters."
+      )
+
+
 def mean(tree: Any, axis_name: Any) -> Any:
   """Each float leaf's mean over the devices, with all scalars in one vector."""
   leaves, treedef = jtu.tree_flatten(tree)

@@ -84,6 +84,7 @@ def two_passes(
   names in errors what it calls. Its gradients are each device's own.
   """
   if axis_name is not None:
+    _mesh.check_whole(params, axis_name)
     at_own = evaluate
     evaluate = lambda point: at_own(_mesh.own(point, axis_name))  # noqa: E731
   ascend_along = (lambda g: _mesh.mean(g, axis_name)) if average_ascent else lambda g: g

@@ -172,9 +172,12 @@ def with_info(**arguments):
 GOOD: dict[str, tuple[Any, dict[str, Any]]] = {
     "ascent": optimizer(asam_jax.ascent, **ASCENT_GOOD),
     "adaptive_sam": optimizer(asam_jax.adaptive_sam, base_tx=SGD, **ASCENT_GOOD),
-    "adaptive_sam(with_info)": (
-        lambda with_info: asam_jax.adaptive_sam(SGD, with_info=with_info),
-        {"with_info": False}),
+    "adaptive_sam(flags)": (
+        functools.partial(asam_jax.adaptive_sam, SGD, axis_name="batch"),
+        {"with_info": False, "average_ascent": False}),
+    "sam(flags)": (
+        functools.partial(asam_jax.sam, SGD, axis_name="batch"),
+        {"with_info": False, "average_ascent": False}),
     "sam": optimizer(asam_jax.sam, base_tx=SGD, rho=0.1, p=2, perturb=None),
     "momentum_sam": optimizer(
         asam_jax.momentum_sam, base_tx=SGD, decay=0.9, dtype=None, **ASCENT_GOOD),
@@ -189,8 +192,9 @@ GOOD: dict[str, tuple[Any, dict[str, Any]]] = {
     "perturbed_gradient": optimizer(
         asam_jax.perturbed_gradient, ascent_tx=asam_jax.ascent(0.1)),
     "perturbed_gradient(info)": (
-        lambda info: asam_jax.perturbed_gradient(asam_jax.ascent(0.1), info=info),
-        {"info": Geometry()}),
+        functools.partial(
+            asam_jax.perturbed_gradient, asam_jax.ascent(0.1), axis_name="batch"),
+        {"info": Geometry(), "average_ascent": False}),
     "combined": optimizer(asam_jax.combined, link=link(), combine=lambda g, h: h),
     "surrogate_gap": (
         lambda alpha, clean, perturbed: asam_jax.surrogate_gap(alpha)(clean, perturbed),

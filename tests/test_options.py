@@ -1,5 +1,8 @@
 """Defaults and options that a method hands on: each changes what it should."""
 
+import dataclasses
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,9 @@ import optax
 import pytest
 
 import asam_jax
+from asam_jax import landscape
+from asam_jax import nnx
+from asam_jax import sharpness
 
 W = {"kernel": jnp.array([[1.0, -2.0], [0.5, 1.5]]), "bias": jnp.array([0.5, 0.2])}
 ROWS = jnp.array([[[1.0, 2.0]], [[3.0, -1.0]], [[0.5, 0.5]], [[2.0, 2.0]]])
@@ -51,6 +57,63 @@ def test_defaults_of_adaptive_sam():
   norm = jnp.sqrt(sum(jnp.sum((t[k] * grads[k]) ** 2) for k in W))
   expected = {k: W[k] + 0.5 * t[k] ** 2 * grads[k] / norm for k in W}
   chex.assert_trees_all_close(got, expected, rtol=1e-6)
+
+
+# The rest of the defaults; None and False are "not asked for" everywhere.
+DEFAULTS = {
+    asam_jax.above_average: {"threshold": 0, "decay": 0.9},
+    asam_jax.describe: {"geometry": None},
+    asam_jax.ae_sam: {"threshold": 0, "decay": 0.9},
+    asam_jax.filterwise: {"filter_axis": -1},
+    asam_jax.friendly_sam: {"sigma": 1, "decay": 0.9},
+    asam_jax.gsam: {"alpha": 0.4},
+    asam_jax.looksam: {"k": 5, "alpha": 0.7},
+    asam_jax.microbatched: {"argnums": 1},
+    nnx.microbatched: {"argnums": 1},
+    asam_jax.momentum_sam: {"decay": 0.9},
+    asam_jax.sam: {"rho": 0.05},
+    asam_jax.sometimes: {"reuse": 0},
+    asam_jax.subtract_ema: {"decay": 0.9, "sigma": 1},
+    asam_jax.vasso: {"decay": 0.6},
+    sharpness.average_case: {
+        "distribution": "normal", "samples": 32, "antithetic": True},
+    sharpness.hessian_eigenvalues: {"k": 1, "steps": 32},
+    sharpness.hessian_trace: {"samples": 32},
+    sharpness.m_sharpness: {"m": 128, "measure": sharpness.worst_case},
+    sharpness.rank_correlation: {"level": 0.95, "resamples": 1000, "seed": 0},
+    sharpness.worst_case: {"method": "apgd", "steps": 20, "restarts": 1},
+    landscape.direction: {"index": 0, "steps": 32, "filter_axis": -1},
+    landscape.line: {"extent": 2, "points": 41},
+    landscape.plane: {"margin": 0.25, "points": 41},
+    landscape.surface: {"extent": 2, "points": 41},
+    landscape.plot_surface: {"levels": 20},
+    landscape.plot_plane: {"levels": 20, "labels": ("1", "2", "3")},
+}
+GEOMETRY = {"eta": 0.01, "p": 2, "normalization": "elementwise"}
+COMMON = GEOMETRY | {"rho": 0.5, "argnums": 0, "geometry": asam_jax.Geometry()}
+
+
+def public_functions():
+  for module in (asam_jax, nnx, sharpness, landscape):
+    for name in module.__all__:
+      value = getattr(module, name)
+      if inspect.isfunction(value):
+        yield pytest.param(value, id=f"{module.__name__}.{name}")
+
+
+@pytest.mark.parametrize("function", [*public_functions()])
+def test_defaults_are_those_written_down(function):
+  for parameter in inspect.signature(function).parameters.values():
+    default = parameter.default
+    if default is parameter.empty:
+      continue
+    expected = (COMMON | DEFAULTS.get(function, {})).get(parameter.name)
+    assert default == expected or (expected is None and default is False), parameter
+
+
+def test_defaults_of_a_geometry():
+  fields = dataclasses.fields(asam_jax.Geometry)
+  assert {f.name: f.default for f in fields if f.default is not None} == GEOMETRY
 
 
 # Per-device ascent, averaged descent, on devices that vmap plays.

@@ -267,6 +267,31 @@ def test_a_gradient_that_does_not_vary_is_refused(averaged):
     run(step, "checked", PARAMS, tx.init(PARAMS))
 
 
+@needs_check
+@pytest.mark.parametrize("door", ["function", "optimizer"])
+def test_parameters_sharded_by_hand_are_refused(door):
+  """A device's norm would be that of its shard."""
+  devices = np.array(jax.devices()[:SIZE]).reshape(2, 2)
+  tx = asam_jax.adaptive_sam(optax.sgd(1.0), 0.3, axis_name="data")
+
+  def sharded_loss(w, x):
+    return jax.lax.psum(jnp.sum((x @ w) ** 2), "model")
+
+  def step(w, x):
+    if door == "function":
+      return asam_jax.grad(sharded_loss, axis_name="data")(w, x)
+    grads = jax.grad(sharded_loss)(own(w, "checked"), x)
+    return tx.update(grads, tx.init(w), w,
+                     grad_fn=lambda w: jax.grad(sharded_loss)(w, x))[0]
+
+  run = shard_map(
+      step, mesh=jax.sharding.Mesh(devices, ("data", "model")),
+      in_specs=(P("model"), P("data", "model")), out_specs=P("model"),
+  )
+  with pytest.raises(ValueError, match=r"differs over \['model'\].*sharded by hand"):
+    jax.jit(run)(jnp.ones(4), jnp.ones((6, 4)))
+
+
 def test_average_ascent_without_an_axis():
   for make in (asam_jax.adaptive_sam, asam_jax.sam):
     with pytest.raises(ValueError, match="average_ascent=True with axis_name=None"):
