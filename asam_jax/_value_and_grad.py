@@ -155,7 +155,8 @@ def value_and_grad(
       return step(args, kwargs)
     # Averaged over the groups first, and once over the devices then.
     if axis_name is not None:
-      args = _set(args, argnums, _mesh.own(_get(args, argnums), axis_name))
+      own = _mesh.own(_get(args, argnums), axis_name)
+      args = tuple(_set(args, argnums, own))
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     results = _groups.each(
         step, m_sharpness, args, kwargs, batch_argument(numbers), numbers, axis_name
