@@ -62,6 +62,9 @@ def test_an_ascent_for_each_device_or_four_rows(page):
   halves = [jax.tree.map(lambda x, i=i: x[i::2], each) for each in rows
             for i in range(2)]
   close((page["value_m4"], page["grads_m4"]), mean_over(halves))
+  fours = [jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], each) for each in rows
+           for i in range(2)]
+  close((page["value_m"], page["grads_m"]), mean_over(fours))
 
 
 @pytest.mark.parametrize(
