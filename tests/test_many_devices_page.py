@@ -85,6 +85,16 @@ def test_exchanges_by_hand(page, name, times):
   assert entry.count(" all-reduce(") == compiled.as_text().count(" all-reduce(")
 
 
+def test_exchanges_of_one_integer(page):
+  fun = asam_jax.value_and_grad(page["loss"], rho=0.5, m_sharpness=4)
+  compiled = jax.jit(fun).lower(page["params"], page["batch"]).compile()
+  found = devices.exchanges(compiled)
+  assert found.arrays == {
+      ("all-reduce", w.size): 1 for w in page["start"].values()
+  }
+  assert found.scalars <= 2  # the loss among them
+
+
 @pytest.mark.parametrize("suffix", ["jit", "map"])
 def test_microbatches(page, suffix):
   expected = asam_jax.value_and_grad(page["loss"], rho=0.5)(
