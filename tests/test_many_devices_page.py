@@ -62,6 +62,9 @@ def test_an_ascent_for_each_device_or_four_rows(page):
   halves = [jax.tree.map(lambda x, i=i: x[i::2], each) for each in rows
             for i in range(2)]
   close((page["value_m4"], page["grads_m4"]), mean_over(halves))
+  fours = [jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], each) for each in rows
+           for i in range(2)]
+  close((page["value_m"], page["grads_m"]), mean_over(fours))
 
 
 @pytest.mark.parametrize(
@@ -80,6 +83,16 @@ def test_exchanges_by_hand(page, name, times):
   # None stands in a loop.
   entry = compiled.as_text().split("\nENTRY ")[1]
   assert entry.count(" all-reduce(") == compiled.as_text().count(" all-reduce(")
+
+
+def test_exchanges_of_one_integer(page):
+  fun = asam_jax.value_and_grad(page["loss"], rho=0.5, m_sharpness=4)
+  compiled = jax.jit(fun).lower(page["params"], page["batch"]).compile()
+  found = devices.exchanges(compiled)
+  assert found.arrays == {
+      ("all-reduce", w.size): 1 for w in page["start"].values()
+  }
+  assert found.scalars <= 2  # the loss among them
 
 
 @pytest.mark.parametrize("suffix", ["jit", "map"])

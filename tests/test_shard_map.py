@@ -458,3 +458,34 @@ def test_a_state_made_under_jit_compiles_once():
   for _ in range(3):
     w, state = step(w, state, batch)
   assert step._cache_size() == 1
+
+
+# Flax NNX.
+
+
+@in_layouts
+@no_pmap_warning
+def test_nnx_takes_replicated_modules(layout):
+  nnx = pytest.importorskip("flax.nnx")
+  asam_nnx = pytest.importorskip("asam_jax.nnx")
+
+  class Model(nnx.Module):
+
+    def __init__(self, params):
+      self.kernel = nnx.Param(params["kernel"])
+      self.bias = nnx.Param(params["bias"])
+
+  def module_loss(model, batch):
+    return loss({"kernel": model.kernel[...], "bias": model.bias[...]}, batch)
+
+  fun = asam_nnx.grad(module_loss, rho=0.3, axis_name="data")
+
+  def step(params, batch):
+    model = Model(params)
+    grads = fun(model, batch)
+    pure = lambda state: {name: state[name][...] for name in params}  # noqa: E731
+    return pure(grads), pure(nnx.state(model))  # the module is as it was
+
+  grads, params = run(step, layout, PARAMS)
+  chex.assert_trees_all_close(grads, descent(common=False), rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_equal(params, jax.device_get(PARAMS))
