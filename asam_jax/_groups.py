@@ -143,6 +143,6 @@ def _left_to_the_compiler(fun: Callable[..., Any], params: Any) -> Callable[...,
     specs = [spec()] * len(jax.tree.leaves(form[0])) + placed
     specs += [spec()] * (len(shapes) - len(specs))
     results = jax.sharding.auto_axes(inner, out_sharding=specs)(values)
-    return jax.tree.unflatten(kept[0], results)
+    return jax.tree.unflatten(kept[0], results)  # pyright: ignore
 
   return call

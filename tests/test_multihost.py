@@ -1,12 +1,14 @@
 """Several processes on this machine train as one does, and survive the loss of one."""
 
 import json
+import os
 import pathlib
 import random
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -137,11 +139,13 @@ def test_parameters_are_sharded():
 @pytest.mark.parametrize("checker", [["bash", "-n"], ["shellcheck", "--shell=bash"]])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_guide_are_well_formed(command, checker, tmp_path):
-  if shutil.which(checker[0]) is None:
+  beside = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+  program = shutil.which(checker[0], path=beside)
+  if program is None:
     pytest.skip(f"{checker[0]} is not installed")
   script = tmp_path / "command.sh"
   script.write_text(command)
-  run = subprocess.run([*checker, script], capture_output=True, text=True)
+  run = subprocess.run([program, *checker[1:], script], capture_output=True, text=True)
   assert run.returncode == 0, run.stdout + run.stderr
 
 
