@@ -141,7 +141,7 @@ def _left_to_the_compiler(fun: Callable[..., Any], params: Any) -> Callable[...,
     placed = [jax.typeof(w).sharding.spec for w in jax.tree.leaves(params)]
     specs = [spec()] * len(jax.tree.leaves(form[0])) + placed
     specs += [spec()] * (len(shapes) - len(specs))
-    results = jax.sharding.auto_axes(inner, out_sharding=specs)(values)
+    results: Any = jax.sharding.auto_axes(inner, out_sharding=specs)(values)
     return jax.tree.unflatten(kept[0], results)
 
   return call
