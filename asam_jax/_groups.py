@@ -137,12 +137,11 @@ def _left_to_the_compiler(fun: Callable[..., Any], params: Any) -> Callable[...,
 
     values = [jnp.asarray(leaves[i]) for i in arrays]
     shapes = jax.eval_shape(jax.sharding.auto_axes(inner, out_sharding=spec()), values)
-    leaves_of_shapes = jax.tree.leaves(shapes)
-    form = jax.tree.unflatten(kept[0], leaves_of_shapes)  # pyright: ignore
+    form = jax.tree.unflatten(kept[0], shapes)
     placed = [jax.typeof(w).sharding.spec for w in jax.tree.leaves(params)]
     specs = [spec()] * len(jax.tree.leaves(form[0])) + placed
     specs += [spec()] * (len(shapes) - len(specs))
-    results = jax.sharding.auto_axes(inner, out_sharding=specs)(values)
-    return jax.tree.unflatten(kept[0], results)  # pyright: ignore
+    results: Any = jax.sharding.auto_axes(inner, out_sharding=specs)(values)
+    return jax.tree.unflatten(kept[0], results)
 
   return call

@@ -147,7 +147,8 @@ def test_the_gradient_can_t_feed_a_second_asam():
 
 
 def test_arguments_that_do_not_fit():
-  for m in (0, -1, 2.0, True):
+  bad: tuple[Any, ...] = (0, -1, 2.0, True)
+  for m in bad:
     with pytest.raises((ValueError, TypeError), match=r"m_sharpness=.* int >= 1"):
       asam_jax.value_and_grad(loss, m_sharpness=m)
   with pytest.raises(ValueError, match=r"m_sharpness=5 does not divide .* 32 rows"):
