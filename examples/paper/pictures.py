@@ -12,7 +12,9 @@ from examples.paper import groups
 # All are ASAM, so its colour is that of the paper's choice alone.
 SCHEMES = {
     "elementwise-2": ("elementwise, p = 2", style.of("asam").color, "s"),
-    "elementwise-2-bias": ("elementwise, p = 2, biases too", style.of("sam").color, "o"),
+    "elementwise-2-bias": (
+        "elementwise, p = 2, biases too", style.of("sam").color, "o"
+    ),
     "elementwise-inf": ("elementwise, p = ∞", style.of("momentum").color, "^"),
     "filterwise-2": ("filter-wise, p = 2", style.of("gsam").color, "D"),
 }
