@@ -237,7 +237,8 @@ def above_average(
     )
 
   def update_fn(grads, state):
-    _arguments.arrays("grads", grads)
+    if jax.tree.leaves(grads):  # of no parameters there is an empty gradient
+      _arguments.arrays("grads", grads)
     square = jnp.square(_trees.norm(grads).astype(jnp.float32))
     mean = decay * state.mean + (1 - decay) * square
     variance = decay * state.variance + (1 - decay) * jnp.square(square - mean)

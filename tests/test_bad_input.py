@@ -371,7 +371,7 @@ ONLY: dict[tuple[str, str], tuple[Any, ...]] = {
     ("stochastic_rounding", "init_params"): (),  # it has a look at none
     ("above_average", "init_params"): (),
     # A gate is not told the parameters: any real arrays are a gradient to it.
-    ("above_average", "grads"): (None, "w", object(), (), {}, *map(with_entry, (
+    ("above_average", "grads"): ("w", object(), *map(with_entry, (
         "w", object(), jnp.ones(2) * 1j))),
     # Leaves that are no floats are left alone, as their gradients are.
     **{(name, "init_params"): PARAMS[:3]
