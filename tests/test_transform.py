@@ -405,7 +405,7 @@ def test_grad_fn_with_another_result(grad_fn, message):
 
 def test_value_fn_with_aux():
   tx = asam_jax.adaptive_sam(optax.sgd(0.1))
-  with pytest.raises(TypeError, match=r"(?s)value_fn\(params\) returned .* one real numb"):
+  with pytest.raises(TypeError, match=r"(?s)value_fn\(params\) returned .* one real"):
     tx.update(PARAMS, tx.init(PARAMS), PARAMS, value_fn=lambda w: (loss(w), 1.0))
 
 
