@@ -232,8 +232,7 @@ def _closed_form(leaves: _Leaves, rho: jax.Array, p: float):
   if q == 1:
     size = sum(_each_leaf(leaves, lambda t, g: jnp.sum(jnp.abs(t * g))))
   else:
-    size, h = _in_range(leaves, q == 2)
-    unit = jnp.where(size == 0, 0, h / jnp.where(size == 0, 1, size))
+    size, unit, h = _in_range(leaves, q == 2)
     if q not in (2, math.inf):
       powers = lambda t, g, a, b: jnp.sum(_power(jnp.abs(g * a * t * b), q))  # noqa: E731
       total = sum(_each_leaf(leaves, powers, h, unit))
@@ -343,8 +342,10 @@ def vary_as(tree: Any, like: Any) -> Any:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _in_range(leaves: _Leaves, squares: bool) -> tuple[jax.Array, jax.Array]:
-  """(size, h): :func:`_sizes` at a power of two h that keeps it in range.
+def _in_range(
+    leaves: _Leaves, squares: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(size, h / size, h): :func:`_sizes` at a power of two h that keeps it in range.
 
   It is 1 unless the size, or its square, would leave the range of its dtype. On CPU
   a loop tries another scale only then. Elsewhere a loop would cost more than it
@@ -359,6 +360,12 @@ def _in_range(leaves: _Leaves, squares: bool) -> tuple[jax.Array, jax.Array]:
   lowest, highest = 2.0 ** (-9 * exponent), 2.0 ** (16 * exponent)
   vanishing = 2.0 ** (-16 * exponent)
 
+  # Not finite: NaN everywhere, for x / inf would silently spare the finite leaves.
+  limited = lambda size: jnp.where(  # noqa: E731
+      size <= highest, jnp.where(size < vanishing, 0, size), jnp.nan
+  )
+  finished = lambda size, h: (size, h / jnp.where(size == 0, jnp.inf, size), h)  # noqa: E731
+
   def turn(carry):
     *_, h = carry
     (size,) = _sizes(leaves, squares, h)
@@ -366,32 +373,34 @@ def _in_range(leaves: _Leaves, squares: bool) -> tuple[jax.Array, jax.Array]:
     other = jnp.where(too_small, big, jnp.where(too_large, small, 0))
     # Only a weight that T holds fixed under a huge gradient can't bear the big one.
     back = jnp.where((h > 1) & too_large, 0.5, 0)
-    return size, h, jnp.where(h == 1, other, back).astype(dtype)
+    # Finished inside the loop: XLA:CPU would move what follows it into the pass over
+    # each leaf, and look at all leaves for each.
+    return *finished(limited(size), h), jnp.where(h == 1, other, back).astype(dtype)
 
   def in_one_pass(start):
     one, up, down = _sizes(leaves, squares, *jnp.array([1, big, small], dtype))
     is_up, is_down = (one < lowest) & (up <= highest), ~(one <= highest)
     size = jnp.where(is_up, up, jnp.where(is_down, down, one))
     h = jnp.where(is_up, big, jnp.where(is_down, small, 1)).astype(dtype)
-    return size, h, start[0]
+    return *finished(limited(size), h), start[0]
 
   zero = vary_as(jnp.zeros((), dtype), leaves)
-  size, h, _ = lax.platform_dependent(
-      (zero, zero, zero + 1),
+  size, unit, h, _ = lax.platform_dependent(
+      (zero, zero, zero, zero + 1),
       cpu=lambda start: lax.while_loop(lambda carry: carry[-1] > 0, turn, start),
       default=in_one_pass,
   )
-  # Not finite: NaN everywhere, for x / inf would silently spare the finite leaves.
-  size = jnp.where(size <= highest, size, jnp.nan)
-  return jnp.where(size < vanishing, 0, size), h
+  # Without this barrier, XLA:CPU holds more around the last pass of some networks.
+  return _barrier((size, unit, h))
 
 
 @_in_range.defjvp
 def _in_range_jvp(squares, primals, tangents):
   # A loop has no reverse mode; at a known scale none is needed.
-  size, h = _in_range(*primals, squares)
+  size, unit, h = _in_range(*primals, squares)
   _, slope = jax.jvp(lambda leaves: _sizes(leaves, squares, h)[0], primals, tangents)
-  return (size, h), (slope, jnp.zeros_like(h))
+  relative = slope / jnp.where(size == 0, 1, size)
+  return (size, unit, h), (slope, -unit * relative, jnp.zeros_like(h))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
