@@ -10,22 +10,10 @@ import numpy as np
 import optax
 
 from asam_jax import _arguments
+from asam_jax import _gates
 from asam_jax import _mesh
 from asam_jax import _trees
 from asam_jax import _two_passes
-
-
-class Gate(NamedTuple):
-  """Decides at which steps :func:`sometimes` takes the second gradient.
-
-  Attributes:
-    init: ``params -> state``.
-    update: ``(grads, state) -> (decision, state)`` with the clean gradient and a
-      scalar bool.
-  """
-
-  init: Callable[[optax.Params], Any]
-  update: Callable[[optax.Updates, Any], tuple[Any, Any]]
 
 
 class SometimesState(NamedTuple):
@@ -45,7 +33,7 @@ class SometimesState(NamedTuple):
 
 def sometimes(
     link: optax.GradientTransformation,
-    when: Callable[[jax.Array], Any] | Gate,
+    when: Callable[[jax.Array], Any] | _gates.Gate,
     *,
     reuse: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -54,7 +42,8 @@ def sometimes(
   The steps are chosen by ``when``:
 
   - every k-th step: ``lambda step: step % k == 0``
-  - a window, such as the last fifth: ``lambda step: step >= 0.8 * total``
+  - the last part of training: :func:`late`; another window likewise: ``lambda step:
+    step < 1000``
   - a random half: ``lambda step: jax.random.bernoulli(jax.random.fold_in(key,
     step), 0.5)``
   - where the gradient is larger than usual (AE-SAM): :func:`above_average`
@@ -123,12 +112,12 @@ def sometimes(
     <https://arxiv.org/abs/2203.02714>`_, 2022
   """
   _arguments.scalar("reuse", reuse)
-  gate = when if isinstance(when, Gate) else _gate_of_step(when)
+  gate = when if isinstance(when, _gates.Gate) else _gates.gate_of_step(when)
   for part, name in zip(gate, gate._fields, strict=True):
     _arguments.function(f"when.{name}", part, "as that of a Gate")
   link = _two_passes.link(link)
   # The mean over the devices is wanted at every step, or else at skipped ones only.
-  always = bool(reuse) or isinstance(when, Gate)
+  always = bool(reuse) or isinstance(when, _gates.Gate)
 
   def mean(grads):
     return grads if link.axis_name is None else _mesh.mean(grads, link.axis_name)
@@ -167,103 +156,6 @@ def sometimes(
     return grads, SometimesState(gate_state, *rest)
 
   return _two_passes.Link.over(link.axis_name, init_fn, update_fn)
-
-
-class AboveAverageState(NamedTuple):
-  """State of :func:`above_average`.
-
-  Attributes:
-    count: the number of steps taken, an int32 scalar.
-    mean: the running mean of the squared gradient norm, a float32 scalar.
-    variance: its running variance, a float32 scalar.
-  """
-
-  count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-  mean: jax.Array
-  variance: jax.Array
-
-
-def above_average(
-    threshold: optax.ScalarOrSchedule = 0.0, decay: float = 0.9
-) -> Gate:
-  r"""Where the gradient is larger than usual: the policy of AE-SAM.
-
-  .. math::
-
-    \mu_t = \delta \mu_{t-1} + (1 - \delta) \|g_t\|_2^2, \qquad
-    \sigma_t^2 = \delta \sigma_{t-1}^2 + (1 - \delta) (\|g_t\|_2^2 - \mu_t)^2, \qquad
-    \|g_t\|_2^2 \ge \mu_t + c_t \sigma_t
-
-  with :math:`\mu_{-1} = 0` and :math:`\sigma_{-1}^2 = e^{-10}`. A step whose
-  squared norm is not finite leaves mean and variance as they are.
-
-  Args:
-    threshold: :math:`c_t`, a number or a schedule of the step count. The paper
-      falls from 1 to -1 over training: ``optax.linear_schedule(1.0, -1.0, total)``.
-    decay: :math:`\delta`, in [0, 1).
-
-  Returns:
-    A :class:`Gate` for :func:`sometimes`. To decide outside ``jit``, ask it:
-    ``gate.update(grads, optax.tree_utils.tree_get(opt_state, "gate"))[0]``.
-
-  Raises:
-    ValueError: if decay is outside [0, 1).
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> import asam_jax
-    >>> gate = asam_jax.above_average(threshold=1.0)
-    >>> state = gate.init(jnp.zeros(2))
-    >>> decisions = []
-    >>> for norm in (1.0, 1.0, 5.0, 1.0):
-    ...   decision, state = gate.update(jnp.array([norm, 0.0]), state)
-    ...   decisions.append(bool(decision))
-    >>> print(decisions)
-    [True, True, True, False]
-
-  References:
-    Jiang et al., `An Adaptive Policy to Employ Sharpness-Aware Minimization
-    <https://arxiv.org/abs/2304.14647>`_, 2023
-  """
-  threshold = _arguments.scalar_or_schedule("threshold", threshold, low=-jnp.inf)
-  _arguments.scalar("decay", decay, high=1)
-
-  def init_fn(params):
-    del params
-    return AboveAverageState(
-        count=jnp.zeros((), jnp.int32),
-        mean=jnp.zeros((), jnp.float32),
-        variance=jnp.exp(jnp.float32(-10)),
-    )
-
-  def update_fn(grads, state):
-    if jax.tree.leaves(grads):  # of no parameters there is an empty gradient
-      _arguments.arrays("grads", grads)
-    square = jnp.square(_trees.norm(grads).astype(jnp.float32))
-    mean = decay * state.mean + (1 - decay) * square
-    variance = decay * state.variance + (1 - decay) * jnp.square(square - mean)
-    c = threshold(state.count) if callable(threshold) else threshold
-    decision = square >= mean + c * jnp.sqrt(variance)
-    usable = jnp.isfinite(variance)
-    return decision, AboveAverageState(
-        count=jnp.asarray(optax.safe_increment(state.count)),
-        mean=jnp.where(usable, mean, state.mean),
-        variance=jnp.where(usable, variance, state.variance),
-    )
-
-  return Gate(init_fn, update_fn)
-
-
-def _gate_of_step(when: Any) -> Gate:
-  if not callable(when):
-    raise TypeError(
-        f"when={when!r} must be a function of the step count, such as lambda step:"
-        " step % 5 == 0, or a Gate, such as above_average()."
-    )
-  return Gate(
-      lambda params: jnp.zeros((), jnp.int32),
-      lambda grads, step: (when(step), jnp.asarray(optax.safe_increment(step))),
-  )
 
 
 def _scalar_bool(decision: Any) -> jax.Array:

@@ -46,6 +46,7 @@ TESTS = {
     "_mesh": "transform options layouts microbatch_devices",
     "_microbatched": "microbatch microbatch_devices",
     "_skip_nonfinite": "options nonfinite",
+    "_gates": "bad_input variants_periodic",
     "_sometimes": "bad_input variants_periodic",
     "_stochastic_rounding": "bad_input precision",
     "_trees": "variants metrics nonfinite normalization",
