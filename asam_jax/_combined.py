@@ -25,7 +25,7 @@ def combined(
 
     g \mapsto \mathrm{combine}\big(g,\ \nabla L(w + \hat\epsilon)\big)
 
-  :func:`surrogate_gap` makes it GSAM. The weighted mean
+  :func:`surrogate_gap` makes it GSAM, :func:`renormalized` StableSAM. The weighted mean
   :math:`(1 - \alpha) g + \alpha \nabla L(w + \hat\epsilon)` (the gradient norm
   penalty, WSAM) is a line, see the example; alpha may be above 1.
 
@@ -124,6 +124,47 @@ def surrogate_gap(
     )
 
   return combine
+
+
+def renormalized(clean: optax.Updates, perturbed: optax.Updates) -> optax.Updates:
+  r"""The combination of StableSAM, for :func:`combined`.
+
+  .. math:: \frac{\|g\|_2}{\|h\|_2} h
+
+  for the clean gradient g and the perturbed one h, over the whole pytree: ASAM's
+  direction with SGD's length. The perturbed gradient is longer than the clean one
+  where the loss is sharp, which makes SAM need smaller learning rates than SGD; so it
+  is stable at more of them. If h is zero, so is the result.
+
+  Args:
+    clean: the gradient at w, a pytree of arrays.
+    perturbed: the gradient at w + epsilon, likewise.
+
+  Returns:
+    The gradient to descend along, in the dtypes of ``perturbed``.
+
+  Raises:
+    TypeError: if the two are no pytrees of real arrays of the same shapes.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax
+    >>> import asam_jax
+    >>> print(asam_jax.renormalized(jnp.array([3.0, 4.0]), jnp.array([0.0, 7.0])))
+    [0. 5.]
+    >>> link = asam_jax.perturbed_gradient(asam_jax.ascent(rho=0.5))
+    >>> tx = optax.chain(asam_jax.combined(link, asam_jax.renormalized), optax.sgd(0.1))
+
+  References:
+    Tan et al., `Stabilizing Sharpness-Aware Minimization Through A Simple
+    Renormalization Strategy <https://arxiv.org/abs/2401.07250>`_, 2024
+  """
+  _arguments.tree_like("clean", clean, perturbed, "perturbed gradients")
+  _arguments.tree_like("perturbed", perturbed, clean, "clean gradients")
+  length, own = _trees.norm(clean), _trees.norm(perturbed)
+  factor = length / jnp.where(own == 0, 1, own)
+  return _trees.map_floats(
+      lambda h: (_trees.f32(h) * factor).astype(h.dtype), perturbed
+  )
 
 
 class SubtractEmaState(NamedTuple):

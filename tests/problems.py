@@ -178,6 +178,16 @@ def _composed(base_tx: Any, rho: Any) -> Any:
   return optax.chain(asam_jax.sometimes(link, asam_jax.above_average()), base_tx)
 
 
+def _late(base_tx: Any, rho: Any) -> Any:
+  link = asam_jax.perturbed_gradient(asam_jax.ascent(rho))
+  return optax.chain(asam_jax.sometimes(link, asam_jax.late(4, 0.75)), base_tx)
+
+
+def _stable_sam(base_tx: Any, rho: Any) -> Any:
+  link = asam_jax.perturbed_gradient(asam_jax.ascent(rho))
+  return optax.chain(asam_jax.combined(link, asam_jax.renormalized), base_tx)
+
+
 OPTIMIZERS: dict[str, Row] = {
     "asam": Row(_adaptive(), 0.01),
     "asam_p1": Row(_adaptive(p=1), 0.01),
@@ -209,6 +219,8 @@ OPTIMIZERS: dict[str, Row] = {
     "gsam": Row(lambda base_tx, rho: asam_jax.gsam(base_tx, rho, 0.2), 0.01),
     "friendly_sam": Row(asam_jax.friendly_sam, 0.01),
     "vasso": Row(asam_jax.vasso, 0.01),
+    "late": Row(_late, 0.01),
+    "stable_sam": Row(_stable_sam, 0.01),
     "composed": Row(_composed, 0.01),
 }
 

@@ -125,6 +125,15 @@ def test_weighted_mean_against_numpy(alpha):
   check(asam_jax.combined(asam(), weighted), step)
 
 
+def test_stable_sam_against_numpy():
+  def step(w, _):
+    g = gradient(w)
+    h = gradient(w + epsilon_of(g, w))
+    return np.linalg.norm(g) / np.linalg.norm(h) * h, None
+
+  check(asam_jax.combined(asam(), asam_jax.renormalized), step)
+
+
 @pytest.mark.parametrize(("p", "count"), [(1, 4), (2, 1), (2, 4), (math.inf, 3)])
 def test_iterated_against_numpy(p, count):
   def step(w, _):
@@ -297,6 +306,33 @@ def test_gsam_of_a_zero_gradient():
   np.testing.assert_array_equal(half_gap(zero, zero), zero)
   np.testing.assert_array_equal(half_gap(zero, one), one)
   np.testing.assert_array_equal(half_gap(one, zero), -0.5 * one)
+
+
+stable = jax.jit(asam_jax.renormalized)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e25])
+def test_stable_sam_at_any_scale(scale):
+  # Squares of such gradients leave float32.
+  clean = {"a": np.float32([3 * scale]), "b": np.float32([4 * scale])}
+  perturbed = {"a": np.float32([0.0]), "b": np.float32([-7 * scale])}
+  got = stable(clean, perturbed)
+  np.testing.assert_allclose(got["b"] / scale, [-5.0], rtol=1e-6)
+  assert got["a"] == 0
+
+
+def test_stable_sam_in_half_precision():
+  clean = jnp.full(4096, 300.0, jnp.float16)  # whose squares overflow
+  got = asam_jax.renormalized(clean, -2 * clean)
+  assert got.dtype == jnp.float16
+  np.testing.assert_array_equal(got, -clean)
+
+
+def test_stable_sam_of_a_zero_gradient():
+  zero, one = np.float32([0.0, 0.0]), np.float32([1.0, 0.0])
+  for clean, perturbed in ((zero, zero), (zero, one), (one, zero)):
+    np.testing.assert_array_equal(stable(clean, perturbed), zero)
+  assert np.isnan(stable(one, np.nan * one)).all()
 
 
 def test_errors():

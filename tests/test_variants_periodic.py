@@ -22,6 +22,7 @@ KEY = jax.random.key(3)
 CHOICES = {
     "every_third": lambda step: step % 3 == 0,
     "last_half": lambda step: step >= 10,
+    "late": asam_jax.late(20, 0.3),
     "first_quarter": lambda step: step < 5,
     "random": lambda step: jax.random.bernoulli(jax.random.fold_in(KEY, step), 0.4),
     "always": lambda step: step >= 0,
@@ -46,6 +47,21 @@ def test_choice_of_steps_against_numpy(name):
 def test_random_steps_are_the_fraction_asked_for():
   chosen = np.asarray(jax.vmap(CHOICES["random"])(np.arange(300)))
   assert 0.3 < chosen.mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("total", "share", "count"),
+    [(20, 0.3, 6), (10, 0.7, 7), (200, 0.125, 25), (7, 0, 0), (7, 1, 7), (3, 0.1, 0),
+     (np.int64(10), np.float32(0.1), 1), (10, jnp.array(0.2), 2)],
+)
+def test_late_is_the_last_share(total, share, count):
+  chosen = asam_jax.late(total, share)
+  expected = [False] * (int(total) - count) + [True] * count
+  decisions = [chosen(step) for step in range(int(total))]
+  assert decisions == expected
+  assert all(isinstance(decision, bool) for decision in decisions)
+  traced = np.asarray(jax.jit(jax.vmap(chosen))(np.arange(int(total))))
+  assert traced.tolist() == expected
 
 
 @pytest.mark.parametrize("k", [2, 5])
