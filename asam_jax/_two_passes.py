@@ -73,6 +73,7 @@ def two_passes(
     params: Any,
     clean: Pass | None = None,
     *,
+    at_perturbed: Callable[[Any, Pass], Pass] | None = None,
     axis_name: Any = None,
     average_ascent: bool = False,
     source: str = "the function",
@@ -81,7 +82,9 @@ def two_passes(
   """Clean pass, ascent chain, perturbed pass; every door comes here.
 
   ``evaluate`` is called at w + epsilon, and at w unless ``clean`` is given; ``source``
-  names in errors what it calls. Its gradients are each device's own.
+  names in errors what it calls. Its gradients are each device's own. Where the
+  perturbed pass is another function, which needs what the clean one gave, it is
+  ``at_perturbed(point, clean)``.
   """
   if axis_name is not None:
     _mesh.check_whole(params, axis_name)
@@ -100,7 +103,11 @@ def two_passes(
         **(extra_args or {}),
     )
     point = optax.apply_updates(params, epsilon)
-    perturbed = evaluate(point)
+    if at_perturbed is None:
+      perturbed = evaluate(point)
+    else:
+      own = point if axis_name is None else _mesh.own(point, axis_name)
+      perturbed = at_perturbed(own, clean)
   except Exception as error:
     _interop.explain(error, params)
     raise

@@ -141,10 +141,10 @@ def value_and_grad(
     clean = accumulated(clean, accumulate, argnums)
 
   def step(args, kwargs):
-    params = _get(args, argnums)
+    params = chosen(args, argnums)
 
     def evaluate(point):
-      result, grads = clean(*_set(args, argnums, point), **kwargs)
+      result, grads = clean(*with_chosen(args, argnums, point), **kwargs)
       return _two_passes.Pass(grads, result[0] if has_aux else result, result)
 
     return door.passes(_traced_once(evaluate), params)
@@ -155,8 +155,8 @@ def value_and_grad(
       return step(args, kwargs)
     # Averaged over the groups first, and once over the devices then.
     if axis_name is not None:
-      own = _mesh.own(_get(args, argnums), axis_name)
-      args = tuple(_set(args, argnums, own))
+      own = _mesh.own(chosen(args, argnums), axis_name)
+      args = tuple(with_chosen(args, argnums, own))
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     results = _groups.each(
         step, m_sharpness, args, kwargs, batch_argument(numbers), numbers, axis_name
@@ -215,6 +215,7 @@ class Door:
       evaluate: Callable[[Any], _two_passes.Pass],
       params: Any,
       clean: _two_passes.Pass | None = None,
+      at_perturbed: Callable[[Any, _two_passes.Pass], _two_passes.Pass] | None = None,
   ) -> tuple[Any, ...]:
     """(result of the clean pass, gradient to descend along), and the info if asked."""
     plain = self.ascent is None
@@ -226,6 +227,7 @@ class Door:
         state,
         params,
         clean,
+        at_perturbed=at_perturbed,
         axis_name=self.axis_name,
         average_ascent=self.average_ascent,
     )
@@ -366,13 +368,17 @@ def without_value(transformed: Any, fun: Any, has_aux: bool) -> Callable[..., An
   return wrapped
 
 
-def _get(args: tuple[Any, ...], argnums: int | Sequence[int]) -> Any:
+def chosen(args: tuple[Any, ...], argnums: int | Sequence[int]) -> Any:
+  """The arguments that are differentiated: one, or a tuple of them."""
   if isinstance(argnums, int):
     return _microbatched.chosen(args, (argnums,))[0]
   return tuple(_microbatched.chosen(args, argnums))
 
 
-def _set(args: tuple[Any, ...], argnums: int | Sequence[int], values: Any) -> list[Any]:
+def with_chosen(
+    args: tuple[Any, ...], argnums: int | Sequence[int], values: Any
+) -> list[Any]:
+  """All arguments, with other values of those that are differentiated."""
   if isinstance(argnums, int):
     argnums, values = (argnums,), (values,)
   result = list(args)
