@@ -29,6 +29,13 @@ class AscentInfo(NamedTuple):
     gap: L(w + epsilon) - L(w), the sharpness that one ascent step finds.
     predicted_gap: rho ||T_w g||_q, the gap to first order: the ``sharpness`` of
       :class:`asam_jax.AscentState`.
+    linearity: gap / predicted_gap: 1 where the loss is linear as far as w + epsilon,
+      and the further from it the more it bends on the way. 1, its limit, where the
+      predicted gap is 0: for a zero gradient, or rho = 0. Below a rho at which the gap
+      is lost in the rounding of the losses it is noise.
+    rise: sqrt(L(w + epsilon)) - sqrt(L(w)), the rise of the loss in a unit that goes
+      down more slowly than the loss does over training. Of a loss below 0, the signed
+      root sign(L) sqrt(|L|) is taken in its place.
     gradient_norm: ||g||_2 of the gradient at w; 0 below 1e-22 and inf above 1e19, for
       its squares are summed in float32.
     normalized_gradient_norm: ||T_w g||_q, over the perturbed leaves.
@@ -52,6 +59,8 @@ class AscentInfo(NamedTuple):
   perturbed_value: jax.Array
   gap: jax.Array
   predicted_gap: jax.Array
+  linearity: jax.Array
+  rise: jax.Array
   gradient_norm: jax.Array
   normalized_gradient_norm: jax.Array
   cosine: jax.Array
@@ -104,11 +113,15 @@ def measured(
     moves = _moves(geometry, passes.params, passes.point)
     radius = geometry.norm(moves, passes.params)
     kept_share = _ratio(_trees.dot(clean, moves), sharpness, where_zero=1)
+  value, perturbed_value = passes.clean.value, passes.perturbed.value
+  gap = perturbed_value - value
   return AscentInfo(
-      value=passes.clean.value,
-      perturbed_value=passes.perturbed.value,
-      gap=passes.perturbed.value - passes.clean.value,
+      value=value,
+      perturbed_value=perturbed_value,
+      gap=gap,
       predicted_gap=sharpness,
+      linearity=_ratio(gap, sharpness, where_zero=1),
+      rise=_root(perturbed_value) - _root(value),
       gradient_norm=length,
       normalized_gradient_norm=dual_norm,
       cosine=_cosine(passes, length, other, axis_name),
@@ -183,6 +196,12 @@ def _as_stored(x: Any, dtype: Any) -> jax.Array:
   x = jnp.asarray(x)
   own = jnp.finfo(x.dtype)
   return lax.reduce_precision(x.astype(dtype), own.nexp, own.nmant)
+
+
+def _root(x: Any) -> jax.Array:
+  """sign(x) sqrt(|x|), without the infinite slope at zero."""
+  x = jnp.asarray(x)
+  return jnp.sign(x) * jnp.sqrt(jnp.where(x == 0, 1, jnp.abs(x)))
 
 
 def _ratio(x: jax.Array, y: jax.Array, where_zero: float = 0) -> jax.Array:

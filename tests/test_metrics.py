@@ -63,6 +63,8 @@ def expected_info(w, rho=0.5, eta=0.01, p=2, normalization="elementwise", pertur
       perturbed_value=perturbed_value,
       gap=perturbed_value - value,
       predicted_gap=first_order,
+      linearity=(perturbed_value - value) / first_order,
+      rise=np.sqrt(perturbed_value) - np.sqrt(value),
       gradient_norm=np.linalg.norm(flat(g)),
       normalized_gradient_norm=problems.oracle_norm(
           [t * g for t, g in zip(ts, gs, strict=True)], q
@@ -194,6 +196,50 @@ def test_stationary_points_and_fixed_weights_give_no_nan():
   assert info.cosine == 0
   assert info.radius == 0
   assert info.kept_share == 1
+
+
+def rise_and_linearity(loss, w, rho):
+  fun = jax.jit(asam_jax.value_and_grad(loss, rho=rho, eta=0.0, with_info=True))
+  info = fun(jnp.asarray(w))[-1]
+  return info.rise, info.linearity
+
+
+def test_the_rise_of_losses_below_zero_is_of_the_signed_root():
+  # L = a (w^2 - 5), at w = 2 and rho = 0.5: from -a to 4 a; at rho = 0.1 to -0.16 a.
+  for a in (1.0, 9.0):
+    loss = lambda w, a=a: a * (w**2 - 5)  # noqa: E731
+    rise, _ = rise_and_linearity(loss, 2.0, 0.5)
+    assert rise == pytest.approx((2 + 1) * math.sqrt(a), rel=1e-5)
+    rise, _ = rise_and_linearity(loss, 2.0, 0.1)
+    assert rise == pytest.approx((1 - 0.4) * math.sqrt(a), rel=1e-4)
+  rise, _ = rise_and_linearity(lambda w: w**2 - 4, 2.0, 0.5)  # from 0 to 5
+  assert rise == pytest.approx(math.sqrt(5), rel=1e-5)
+
+
+def test_linearity_is_one_of_a_linear_loss_and_its_limit_where_there_is_no_gap():
+  _, linearity = rise_and_linearity(lambda w: 3 * w, 2.0, 0.5)
+  assert linearity == pytest.approx(1, rel=1e-5)
+  # Of w^2 at w = 2: ((1 + rho)^2 - 1) w^2 / (2 rho w^2).
+  _, linearity = rise_and_linearity(lambda w: w**2, 2.0, 0.5)
+  assert linearity == pytest.approx(1.25, rel=1e-5)
+  for loss, rho in ((lambda w: w**2, 0.0), (lambda w: 0.0 * w, 0.5),
+                    (lambda w: (w - 2.0) ** 2, 0.5)):
+    rise, linearity = rise_and_linearity(loss, 2.0, rho)
+    assert (rise, linearity) == (0, 1)
+
+
+def test_nan_is_not_hidden_in_rise_and_linearity():
+  rise, linearity = rise_and_linearity(lambda w: w * jnp.nan, 2.0, 0.5)
+  assert np.isnan([rise, linearity]).all()
+
+
+def test_derivatives_of_the_info_are_finite_at_a_loss_of_zero():
+  def total(w):
+    info = asam_jax.value_and_grad(
+        lambda w: jnp.sum((w - 2) ** 2), rho=0.5, with_info=True)(w)[-1]
+    return info.rise + info.linearity
+
+  assert np.isfinite(jax.grad(total)(jnp.full(3, 2.0))).all()
 
 
 def test_nonfinite_steps_are_counted():
