@@ -20,12 +20,18 @@ from asam_jax._carried import momentum_sam
 from asam_jax._carried import MomentumAscentState
 from asam_jax._combined import combined
 from asam_jax._combined import iterated
+from asam_jax._combined import renormalized
 from asam_jax._combined import subtract_ema
 from asam_jax._combined import SubtractEmaState
 from asam_jax._combined import surrogate_gap
 from asam_jax._describe import describe
 from asam_jax._describe import Description
 from asam_jax._describe import LeafDescription
+from asam_jax._functional import functional_value_and_grad
+from asam_jax._gates import above_average
+from asam_jax._gates import AboveAverageState
+from asam_jax._gates import Gate
+from asam_jax._gates import late
 from asam_jax._geometry import elementwise
 from asam_jax._geometry import filterwise
 from asam_jax._geometry import Geometry
@@ -34,9 +40,6 @@ from asam_jax._info import AscentInfo
 from asam_jax._microbatched import microbatched
 from asam_jax._skip_nonfinite import skip_nonfinite
 from asam_jax._skip_nonfinite import SkipNonfiniteState
-from asam_jax._sometimes import above_average
-from asam_jax._sometimes import AboveAverageState
-from asam_jax._sometimes import Gate
 from asam_jax._sometimes import sometimes
 from asam_jax._sometimes import SometimesState
 from asam_jax._stochastic_rounding import stochastic_rounding
@@ -45,6 +48,8 @@ from asam_jax._two_passes import perturbed_gradient
 from asam_jax._two_passes import PerturbedGradientState
 from asam_jax._value_and_grad import grad
 from asam_jax._value_and_grad import value_and_grad
+from asam_jax._verdict import radius_verdict
+from asam_jax._verdict import RadiusVerdict
 from asam_jax._version import __version__
 
 __all__ = [
@@ -58,6 +63,7 @@ __all__ = [
     "LeafDescription",
     "MomentumAscentState",
     "PerturbedGradientState",
+    "RadiusVerdict",
     "SkipNonfiniteState",
     "SometimesState",
     "StochasticRoundingState",
@@ -74,15 +80,19 @@ __all__ = [
     "eval_params",
     "filterwise",
     "friendly_sam",
+    "functional_value_and_grad",
     "grad",
     "gsam",
     "is_not_bias",
     "iterated",
+    "late",
     "layerwise",
     "looksam",
     "microbatched",
     "momentum_sam",
     "perturbed_gradient",
+    "radius_verdict",
+    "renormalized",
     "sam",
     "skip_nonfinite",
     "sometimes",

@@ -44,6 +44,14 @@ def module_loss(model, batch=ROWS):
   return jnp.mean(model(batch) ** 2)
 
 
+def model(w, batch=ROWS):
+  return batch @ w["kernel"] + w["bias"]
+
+
+def loss_of(outputs, batch=ROWS):
+  return jnp.mean(outputs**2)
+
+
 def link():
   return asam_jax.perturbed_gradient(asam_jax.ascent(0.1))
 
@@ -154,10 +162,19 @@ def without_ascent(call):
   """With another chain, the door takes neither rho nor geometry."""
   def wrapped(ascent=None, **arguments):
     if ascent is not None:
-      arguments = {"fun": arguments["fun"], "ascent": ascent}
+      kept = {"fun", "model", "loss"} & set(arguments)
+      arguments = {"ascent": ascent} | {name: arguments[name] for name in kept}
     return call(**arguments)
 
   return wrapped
+
+
+def functional(**arguments):
+  arguments = {"model": model, "loss": loss_of, **arguments}
+  return asam_jax.functional_value_and_grad(**arguments)(W, ROWS)
+
+
+INFO = asam_jax.AscentInfo(*[jnp.ones(())] * len(asam_jax.AscentInfo._fields))
 
 
 def update_of(make):
@@ -199,6 +216,9 @@ GOOD: dict[str, tuple[Any, dict[str, Any]]] = {
     "surrogate_gap": (
         lambda alpha, clean, perturbed: asam_jax.surrogate_gap(alpha)(clean, perturbed),
         {"alpha": 0.4, "clean": GRADS, "perturbed": GRADS}),
+    "renormalized": (
+        asam_jax.renormalized, {"clean": GRADS, "perturbed": GRADS}),
+    "radius_verdict": (asam_jax.radius_verdict, {"infos": [INFO] * 8, "chance": 1.0}),
     "subtract_ema": optimizer(
         lambda **options: optax.with_extra_args_support(
             asam_jax.subtract_ema(**options)), decay=0.9, sigma=1.0),
@@ -206,6 +226,7 @@ GOOD: dict[str, tuple[Any, dict[str, Any]]] = {
         asam_jax.iterated, ascent_tx=asam_jax.ascent(0.1), steps=2),
     "sometimes": optimizer(
         asam_jax.sometimes, link=link(), when=lambda step: True, reuse=0.0),
+    "late": (asam_jax.late, {"total_steps": 10, "share": 0.2}),
     "above_average": (
         lambda threshold, decay, init_params, grads: (
             lambda gate: gate.update(grads, gate.init(init_params))
@@ -219,6 +240,10 @@ GOOD: dict[str, tuple[Any, dict[str, Any]]] = {
     "grad": (
         without_ascent(door(asam_jax.grad, loss, W, ROWS)),
         DOOR_GOOD | {"m_sharpness": None}),
+    "functional_value_and_grad": (
+        without_ascent(functional),
+        {"model": model, "loss": loss_of}
+        | {name: value for name, value in DOOR_GOOD.items() if name != "fun"}),
     "nnx.value_and_grad": (
         without_ascent(door(asam_jax.nnx.value_and_grad, module_loss, MODEL, ROWS)),
         DOOR_GOOD | {"fun": module_loss}),
@@ -322,6 +347,16 @@ BAD: dict[str, tuple[Any, ...]] = {
     "ascent": tuple(value for value in ASCENT if value is not None),
     "accumulate": tuple(x for x in COUNT if not (x is None or callable(x))),
     "m_sharpness": tuple(x for x in COUNT if x is not None),
+    "infos": (None, 3, "infos", (), [], [INFO] * 7, [INFO] * 8 + [None], INFO, W,
+              [INFO] * 8 + [tuple(INFO)], [INFO._replace(cosine=None)] * 8,
+              [INFO._replace(rise="a")] * 8, [INFO._replace(value=jnp.ones(2))] * 8,
+              [INFO._replace(gap=jnp.array(1j))] * 8, iter([INFO] * 8)),
+    "chance": tuple(x for x in (*NUMBER_LIKE, lambda step: 1.0) if x is not None),
+    "total_steps": COUNT, "share": (*RADIUS, 1.5, 2, np.array(1.1), lambda step: 0.5),
+    "model": (*FUNCTION, *(
+        (lambda w, x, value=value: value)
+        for value in (None, "a", 1.0, (), {}, jnp.ones(2, int), jnp.array(1j), loss))),
+    "loss": (*FUNCTION, *((lambda outputs, x, f=f: f(outputs)) for f in LOSSES[3:])),
     "batch": ("rows", 3.0, (), None, jnp.ones((0, 2)), (jnp.ones(3), jnp.ones(4)),
               object(), ["a"]),
     "weights": (3, "sum", ROWS, *(
@@ -348,7 +383,8 @@ NNX_PARAMS = (None, "w", W, {}, (), MODEL, jnp.ones(2),
               {"kernel": jnp.ones((2, 1)), "bias": "b"})
 ONLY: dict[tuple[str, str], tuple[Any, ...]] = {
     **{(f"{door}", argument): NO_STEPS
-       for door in ("value_and_grad", "grad", "nnx.value_and_grad", "nnx.grad")
+       for door in ("value_and_grad", "grad", "functional_value_and_grad",
+                    "nnx.value_and_grad", "nnx.grad")
        for argument in ("rho", "eta")},
     **{(name, "eta"): NO_STEPS
        for name in ("Geometry", "elementwise", "filterwise", "layerwise")},
@@ -380,7 +416,8 @@ ONLY: dict[tuple[str, str], tuple[Any, ...]] = {
 CONTEXT: dict[tuple[str, str], dict[str, Any]] = {
     ("adaptive_sam.update(with_info)", "value_fn"): {"value": jnp.array(1.0)},
     **{(door, "average_ascent"): {"axis_name": "batch"}
-       for door in ("value_and_grad", "grad", "nnx.value_and_grad", "nnx.grad")},
+       for door in ("value_and_grad", "grad", "functional_value_and_grad",
+                    "nnx.value_and_grad", "nnx.grad")},
 }
 # The errors speak of what the argument is for.
 SAID = {
@@ -431,7 +468,8 @@ def test_none_is_silent_and_the_errors_name_the_argument():
 
 def test_every_public_name_is_in_the_table():
   rows_of = {re.split(r"[.(]", name.removeprefix("nnx."))[0] for name in GOOD}
-  classes = {"AscentInfo", "Description", "LeafDescription", "Gate", "__version__"}
+  classes = {"AscentInfo", "Description", "Gate", "LeafDescription", "RadiusVerdict",
+             "__version__"}
   public = {name for name in asam_jax.__all__ if not name.endswith("State")} - classes
   assert public | set(asam_jax.nnx.__all__) <= rows_of
 
@@ -457,6 +495,10 @@ DECAYS = (0, 0.0, 0.5, np.float32(0.5), np.array(0.5), jnp.array(0.5), jnp.array
 VALID: dict[str, tuple[Any, ...]] = {
     "rho": NUMBERS, "eta": NUMBERS, "decay": DECAYS, "sigma": (*NUMBERS, -0.5),
     "reuse": NUMBERS, "threshold": (*NUMBERS, *SCHEDULES, -1.0), "k": COUNTS,
+    "infos": ([INFO] * 8, (INFO,) * 9, jax.tree.map(lambda x: np.ones(8), INFO),
+              [INFO._replace(value=1.0)] * 8, [INFO._replace(cosine=np.nan)] * 8),
+    "chance": (None, *NUMBERS, -1.0),
+    "total_steps": COUNTS, "share": (*DECAYS, 1, 1.0, np.array(1)),
     "steps": COUNTS, "size": COUNTS, "accumulate": (None, np.int64(2)),
     "m_sharpness": (None, np.int64(2)),
     "p": (1, 2, 1.5, math.inf, np.inf, np.float32(2), np.int64(3)),
@@ -483,7 +525,8 @@ VALID: dict[str, tuple[Any, ...]] = {
 
 
 def valid_rows():
-  doors = {"value_and_grad", "grad", "nnx.value_and_grad", "nnx.grad"}
+  doors = {"value_and_grad", "grad", "functional_value_and_grad",
+           "nnx.value_and_grad", "nnx.grad"}
   of_links = {"looksam", "ae_sam"}  # compile a branch at every call
   for function, (_, good) in GOOD.items():
     if function in ("grad", "nnx.grad"):  # the same checks as value_and_grad's
