@@ -55,6 +55,14 @@ METHODS: dict[str, Style] = {
     "iterated": Style("2 ascent steps", "#6A3D9A", "X"),
 }
 
+# Runs by their radius, told apart by lightness too.
+RADII: dict[str, Style] = {
+    "too small": Style("too small", "#56B4E9", "o"),
+    "about right": Style("about right", "#009E73", "s"),
+    "too large": Style("too large", "#D55E00", "^"),
+    "collapsed": Style("collapsed", "#404040", "X"),
+}
+
 # Other names of the same methods: those of the library's functions.
 ALIASES = {
     "adaptive_sam": "asam",

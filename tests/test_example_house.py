@@ -17,6 +17,7 @@ FOLDERS = ("examples", "benchmarks", "tests")
 SCRIPTS = [
     "examples.quickstart",
     "examples.frontier",
+    "examples.radius_gauge",
     "examples.sharpness_study",
     "examples.sharpness_training",
     "benchmarks.step_cost",
