@@ -118,8 +118,7 @@ def late(total_steps: int, share: float) -> Callable[[Any], Any]:
   SAM in the last 25 of 200 epochs is about as good as SAM throughout: it leaves the
   sharp minimum that SGD has found within a few steps. Then it has to settle in a
   flatter one, so let the share have the learning rate's decay: with a rate that stays
-  constant and falls at the end, at least all of the fall; under a cosine, a half is
-  safer than a fifth (``results/frontier/frontier.md`` has both).
+  constant and falls at the end, all of the fall.
 
   Cost: 1 + s gradients a step on average; memory: none.
 
