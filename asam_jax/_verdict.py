@@ -92,28 +92,30 @@ def radius_verdict(
     too small 0.99 0.88
   """
   entries = _stacked(infos)
-  count = entries.value.size
+  count = entries["value"].size
   if chance is None:
-    chance = float(np.median(entries.value[: max(1, count // 50)]))
+    at_start = float(np.median(entries["value"][: max(1, count // 50)]))
   else:
-    chance = float(_arguments.scalar("chance", chance, low=-math.inf))
-  late = [float(np.median(x[-max(1, count // 4):])) for x in entries]
-  found = _info.AscentInfo(*late)
-  has_learned = found.value < chance - _FALLEN * abs(chance)  # not if it is NaN
-  if not has_learned or np.isnan(found.cosine):
+    at_start = float(_arguments.scalar("chance", chance, low=-math.inf))
+  late = {
+      name: float(np.median(x[-max(1, count // 4):])) for name, x in entries.items()
+  }
+  # Not so if one of the two is NaN.
+  has_learned = late["value"] < at_start - _FALLEN * abs(at_start)
+  if not has_learned or math.isnan(late["cosine"]):
     verdict = "collapsed"
-  elif found.cosine < _TOO_LARGE:
+  elif late["cosine"] < _TOO_LARGE:
     verdict = "too large"
   else:
-    verdict = "too small" if found.cosine > _TOO_SMALL else "about right"
-  return RadiusVerdict(
-      verdict, found.cosine, found.linearity, found.rise, found.radius, found.value,
-      chance,
-  )
+    verdict = "too small" if late["cosine"] > _TOO_SMALL else "about right"
+  shown = {name: late[name] for name in RadiusVerdict._fields if name in late}
+  return RadiusVerdict(verdict, chance=at_start, **shown)
 
 
-def _stacked(infos: Sequence[_info.AscentInfo] | _info.AscentInfo) -> _info.AscentInfo:
-  """One info with NumPy arrays over the steps, checked."""
+def _stacked(
+    infos: Sequence[_info.AscentInfo] | _info.AscentInfo,
+) -> dict[str, np.ndarray]:
+  """Each entry of the info over the steps, checked."""
   if isinstance(infos, _info.AscentInfo):
     each = [infos]
   elif isinstance(infos, (list, tuple)):
@@ -145,4 +147,4 @@ def _stacked(infos: Sequence[_info.AscentInfo] | _info.AscentInfo) -> _info.Asce
         f"infos has {sorted(sizes)} steps; give at least {_FEWEST} of a run, the same"
         " number for each entry."
     )
-  return _info.AscentInfo(*columns)
+  return dict(zip(_info.AscentInfo._fields, columns, strict=True))
