@@ -118,7 +118,9 @@ def late(total_steps: int, share: float) -> Callable[[Any], Any]:
   SAM in the last 25 of 200 epochs is about as good as SAM throughout: it leaves the
   sharp minimum that SGD has found within a few steps. Then it has to settle in a
   flatter one, so let the share have the learning rate's decay: with a rate that stays
-  constant and falls at the end, all of the fall.
+  constant and falls at the end, all of the fall. Under a cosine, on digits with 40 %
+  wrong labels, the last half keeps 99 and 89 % of ASAM's gain on an MLP and a CNN, the
+  last fifth 61 and 52 % (``results/frontier/frontier.md``).
 
   Cost: 1 + s gradients a step on average; memory: none.
 

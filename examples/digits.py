@@ -155,11 +155,16 @@ class CNN(nn.Module):
 NETWORKS = {"mlp": MLP, "cnn": CNN}
 
 
-def cross_entropy(model: nn.Module, params: Any, images, labels) -> jax.Array:
-  """The mean loss of a batch."""
-  logits: Any = model.apply(params, images)
+def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """The mean cross entropy of a batch."""
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   return jnp.mean(losses)
+
+
+def cross_entropy(model: nn.Module, params: Any, images, labels) -> jax.Array:
+  """The same, from the images."""
+  logits: Any = model.apply(params, images)
+  return loss(logits, labels)
 
 
 def accuracy(model: nn.Module, params: Any, images, labels) -> jax.Array:

@@ -50,6 +50,7 @@ NETWORKS = {
     "mlp_2m_256": Network(digits.MLP(width=1050), (28, 28, 1), 256),
     "resnet20": Network(ResNet20(), (32, 32, 3), 128),
 }
+RHO = 0.1  # no cost depends on it
 # The methods that the larger networks are measured for.
 LARGE = ("sgd", "asam", "momentum", "stale")
 
@@ -114,7 +115,7 @@ class _Step:
   def __init__(self, name: str, model: Any, images, labels, ascend: bool):
     method = methods.METHODS[name]
     tx = optax.with_extra_args_support(
-        method.make(methods.base_optimizer(0.01, 1000), 0.1, 1000)
+        method.make(methods.base_optimizer(0.01, 1000), RHO, 1000)
     )
     self.carry = jax.jit(
         lambda: (
@@ -128,7 +129,7 @@ class _Step:
     extra = {"ascend": ascend} if self.skips else {}
 
     def step(params, state):
-      grads, grad_fn = training.gradients(model, method, params, images, labels)
+      grads, grad_fn = training.gradients(model, method, RHO, params, images, labels)
       updates, state = tx.update(grads, state, params, grad_fn=grad_fn, **extra)
       return optax.apply_updates(params, updates), state
 

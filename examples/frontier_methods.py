@@ -18,6 +18,8 @@ class Method(NamedTuple):
     memory: copies of the parameters in its state, over the base optimizer's.
     ascent_share: the part of the batch that the ascent gradient is taken on.
     gradients: at most so many of them in a step.
+    door: whether the gradient comes from ``functional_value_and_grad``, and ``make``
+      gives the optimizer that follows it.
   """
 
   make: Callable[[optax.GradientTransformation, Any, int], Any]
@@ -25,6 +27,7 @@ class Method(NamedTuple):
   memory: int = 0
   ascent_share: float = 1.0
   gradients: int = 2
+  door: bool = False
 
 
 def _link(rho: Any, *before: Any, **options: Any) -> Any:
@@ -92,8 +95,10 @@ METHODS: dict[str, Method] = {
         _sometimes(lambda total: _half), "ASAM at a random half of steps"
     ),
     "last_half": Method(
-        _sometimes(lambda total: lambda step: step >= total // 2),
-        "ASAM in the last half",
+        _sometimes(lambda total: asam_jax.late(total, 0.5)), "ASAM in the last half"
+    ),
+    "last_fifth": Method(
+        _sometimes(lambda total: asam_jax.late(total, 0.2)), "ASAM in the last fifth"
     ),
     "looksam": Method(
         _sometimes(lambda total: lambda step: step % 5 == 0, reuse=0.7),
@@ -108,6 +113,10 @@ METHODS: dict[str, Method] = {
     ),
     "gsam": Method(_combined(asam_jax.surrogate_gap(0.4)), "GSAM (T_w)"),
     "weighted": Method(_combined(_weighted), "weighted mean (T_w), 0.5"),
+    "stable": Method(_combined(asam_jax.renormalized), "StableSAM (T_w)"),
+    "functional": Method(
+        lambda base_tx, rho, total: base_tx, "Functional SAM (T_w)", door=True
+    ),
     "iterated": Method(
         lambda base_tx, rho, total: optax.chain(
             asam_jax.perturbed_gradient(

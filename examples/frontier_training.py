@@ -41,8 +41,14 @@ class Outcome(NamedTuple):
   ascents: np.ndarray
 
 
-def gradients(model: Any, method: methods.Method, params: Any, images, labels):
-  """(the gradient for the ascent, grad_fn) on one batch."""
+def gradients(
+    model: Any, method: methods.Method, rho: Any, params: Any, images, labels
+):
+  """(the gradient that the optimizer is given, grad_fn) on one batch."""
+  if method.door:
+    fun = asam_jax.functional_value_and_grad(
+        lambda params, labels: model.apply(params, images), digits.loss, rho=rho)
+    return fun(params, labels)[1], None
 
   def grad_fn(params):
     return jax.grad(lambda w: digits.cross_entropy(model, w, images, labels))(params)
@@ -81,7 +87,7 @@ def train(
     def step(carry, batch):
       params, state = carry
       images, labels = run.train_images[batch], run.train_labels[batch]
-      grads, grad_fn = gradients(model, method, params, images, labels)
+      grads, grad_fn = gradients(model, method, rho, params, images, labels)
       updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
       return (optax.apply_updates(params, updates), state), None
 

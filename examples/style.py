@@ -45,6 +45,7 @@ METHODS: dict[str, Style] = {
     "every_2": Style("every 2nd step", "#332288", "^"),
     "random_half": Style("random half", "#88CCEE", "^"),
     "last_half": Style("last half", "#AA4499", "^"),
+    "last_fifth": Style("last fifth", "#7A306C", "<"),
     "looksam": Style("LookSAM", "#117733", "v"),
     "ae_sam": Style("AE-SAM", "#CC6677", "v"),
     "part": Style("ascent on 1/4 batch", "#999933", "P"),
@@ -52,6 +53,8 @@ METHODS: dict[str, Style] = {
     "friendly": Style("Friendly SAM", "#44AA99", "D"),
     "gsam": Style("GSAM", "#CC79A7", "p"),
     "weighted": Style("weighted mean", "#A08A00", "X"),
+    "stable": Style("StableSAM", "#4B8B3B", "p"),
+    "functional": Style("Functional SAM", "#1B7F9E", "D"),
     "iterated": Style("2 ascent steps", "#6A3D9A", "X"),
 }
 

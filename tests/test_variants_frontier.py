@@ -29,7 +29,8 @@ def read(frontier, folder):
 
 
 def test_a_tiny_run(frontier, tmp_path, monkeypatch, capsys):
-  names = ["sgd", "looksam"]  # the latter for the methods with two steps
+  # For the methods with two steps, and for those with a door of their own.
+  names = ["sgd", "looksam", "functional"]
   command = [*TINY, "--methods", *names, "--seeds", "2"]
   monkeypatch.chdir(tmp_path)
   table = frontier.main(command)
@@ -38,8 +39,8 @@ def test_a_tiny_run(frontier, tmp_path, monkeypatch, capsys):
   assert {path.name for path in folder.iterdir()} == {
       "frontier.jsonl", "frontier.md", "frontier.png", "frontier_time.png"}
   printed = capsys.readouterr().out
-  assert "2 outcomes to train and the steps of 1 networks to time: about" in printed
-  assert "2 of 2 outcomes" in printed
+  assert "3 outcomes to train and the steps of 1 networks to time: about" in printed
+  assert "3 of 3 outcomes" in printed
   rows = read(frontier, folder)
   kinds = {"accuracy": {}, "cost": {}}
   for row in rows:
@@ -59,6 +60,7 @@ def test_a_tiny_run(frontier, tmp_path, monkeypatch, capsys):
   assert accuracies["looksam"]["ascents"] == pytest.approx(-(-steps // 5) / steps)
   assert costs["sgd"]["flops"] == [1, 1]
   assert costs["looksam"]["flops"][0] < 1.03 < 2 < costs["looksam"]["flops"][1]
+  assert 1.9 < costs["functional"]["flops"][0] < 2.1
   for name in ("frontier.png", "frontier_time.png"):
     assert (folder / name).stat().st_size > 10_000
   assert (folder / "frontier.md").read_text() == table
@@ -71,7 +73,7 @@ def test_a_tiny_run(frontier, tmp_path, monkeypatch, capsys):
   printed = capsys.readouterr().out
   assert "0 outcomes to train and the steps of 0 networks to time: about 0 min" in (
       printed)
-  assert "2 outcomes of the same configuration are in runs/frontier" in printed
+  assert "3 outcomes of the same configuration are in runs/frontier" in printed
   frontier.main([*command, "--report"])
   # Without outcomes of these options there is no table of others.
   with pytest.raises(SystemExit, match="no outcome of this configuration") as error:
