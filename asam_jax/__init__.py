@@ -38,6 +38,12 @@ from asam_jax._geometry import Geometry
 from asam_jax._geometry import layerwise
 from asam_jax._info import AscentInfo
 from asam_jax._microbatched import microbatched
+from asam_jax._radius import auto_radius
+from asam_jax._radius import AutoRadiusState
+from asam_jax._radius import loss_budget
+from asam_jax._radius import Observed
+from asam_jax._radius import RadiusRule
+from asam_jax._radius import rise_radius
 from asam_jax._skip_nonfinite import skip_nonfinite
 from asam_jax._skip_nonfinite import SkipNonfiniteState
 from asam_jax._sometimes import sometimes
@@ -56,13 +62,16 @@ __all__ = [
     "AboveAverageState",
     "AscentInfo",
     "AscentState",
+    "AutoRadiusState",
     "CarriedState",
     "Description",
     "Gate",
     "Geometry",
     "LeafDescription",
     "MomentumAscentState",
+    "Observed",
     "PerturbedGradientState",
+    "RadiusRule",
     "RadiusVerdict",
     "SkipNonfiniteState",
     "SometimesState",
@@ -73,6 +82,7 @@ __all__ = [
     "adaptive_sam",
     "ae_sam",
     "ascent",
+    "auto_radius",
     "carried",
     "combined",
     "describe",
@@ -88,11 +98,13 @@ __all__ = [
     "late",
     "layerwise",
     "looksam",
+    "loss_budget",
     "microbatched",
     "momentum_sam",
     "perturbed_gradient",
     "radius_verdict",
     "renormalized",
+    "rise_radius",
     "sam",
     "skip_nonfinite",
     "sometimes",

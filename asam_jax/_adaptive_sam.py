@@ -8,13 +8,14 @@ from asam_jax import _arguments
 from asam_jax import _ascent
 from asam_jax import _geometry as _g
 from asam_jax import _interop
+from asam_jax import _radius
 from asam_jax import _two_passes
 
 
 @_interop.keeps("normalization", "normalize", "perturb")
 def adaptive_sam(
     base_tx: optax.GradientTransformation,
-    rho: optax.ScalarOrSchedule = 0.5,
+    rho: _radius.Radius = 0.5,
     eta: optax.ScalarOrSchedule = 0.01,
     p: float = 2,
     *,
@@ -116,7 +117,7 @@ def adaptive_sam(
 @_interop.keeps("perturb")
 def sam(
     base_tx: optax.GradientTransformation,
-    rho: optax.ScalarOrSchedule = 0.05,
+    rho: _radius.Radius = 0.05,
     p: float = 2,
     *,
     perturb: _g.LeafSelection | None = None,

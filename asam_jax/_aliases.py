@@ -9,6 +9,7 @@ from asam_jax import _ascent
 from asam_jax import _combined
 from asam_jax import _gates
 from asam_jax import _geometry as _g
+from asam_jax import _radius
 from asam_jax import _sometimes
 from asam_jax import _two_passes
 
@@ -17,7 +18,7 @@ _DEFAULT = _g.Geometry()
 
 def looksam(
     base_tx: optax.GradientTransformation,
-    rho: optax.ScalarOrSchedule = 0.5,
+    rho: _radius.Radius = 0.5,
     k: int = 5,
     alpha: float = 0.7,
     *,
@@ -72,7 +73,7 @@ def looksam(
 
 def ae_sam(
     base_tx: optax.GradientTransformation,
-    rho: optax.ScalarOrSchedule = 0.5,
+    rho: _radius.Radius = 0.5,
     threshold: optax.ScalarOrSchedule = 0.0,
     decay: float = 0.9,
     *,
@@ -122,7 +123,7 @@ def ae_sam(
 
 def gsam(
     base_tx: optax.GradientTransformation,
-    rho: optax.ScalarOrSchedule = 0.5,
+    rho: _radius.Radius = 0.5,
     alpha: Any = 0.4,
     *,
     geometry: _g.Geometry = _DEFAULT,
@@ -171,7 +172,7 @@ def gsam(
 
 def friendly_sam(
     base_tx: optax.GradientTransformation,
-    rho: optax.ScalarOrSchedule = 0.5,
+    rho: _radius.Radius = 0.5,
     sigma: float = 1.0,
     decay: float = 0.9,
     *,
@@ -222,7 +223,7 @@ def friendly_sam(
 
 def vasso(
     base_tx: optax.GradientTransformation,
-    rho: optax.ScalarOrSchedule = 0.5,
+    rho: _radius.Radius = 0.5,
     decay: float = 0.6,
     *,
     geometry: _g.Geometry = _DEFAULT,

@@ -12,6 +12,7 @@ from asam_jax import _arguments
 from asam_jax import _ascent
 from asam_jax import _geometry as _g
 from asam_jax import _interop
+from asam_jax import _radius
 from asam_jax import _trees
 from asam_jax import _two_passes
 
@@ -325,6 +326,7 @@ def _carried(
 
 def _check_states(base_state: Any, ascent_state: Any) -> None:
   _two_passes.no_second_ascent((base_state, ascent_state))
+  _radius.refuse(ascent_state)
   stops = (_ascent.AscentState, CarriedState)
   is_stop = lambda node: isinstance(node, stops)  # noqa: E731
   if any(map(is_stop, jtu.tree_leaves(base_state, is_leaf=is_stop))):

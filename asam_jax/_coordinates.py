@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from asam_jax import _arguments
+from asam_jax import _ascent
 from asam_jax._geometry import Geometry
 from asam_jax._geometry import sum_dtype
 
@@ -100,3 +101,11 @@ class Coordinates:
     """Rho in the dtype of sums; NaN if it is traced and turns out to be no radius."""
     rho = jnp.asarray(_arguments.fixed_scalar("rho", rho), self.dtype)
     return jnp.where((rho >= 0) & (rho < math.inf), rho, jnp.nan)
+
+
+def perturbation(
+    grads: optax.Updates, params: optax.Params, geometry: Geometry, rho: Any
+) -> optax.Updates:
+  """The perturbation of one ascent alone, for measures."""
+  tx = _ascent.from_geometry(_arguments.fixed_scalar("rho", rho), geometry)
+  return tx.update(grads, tx.init(params), params)[0]

@@ -78,7 +78,7 @@ def each(
     argnums: tuple[int, ...],
     axis_name: Any,
 ) -> tuple[Any, ...]:
-  """The mean of ``step(args, kwargs) -> (result, grads[, info])`` over all groups.
+  """The mean of ``step(args, kwargs) -> (result, grads, ...)`` over all groups.
 
   ``place`` is the batch's, ``argnums`` are those of what is differentiated. The
   gradient and the info are averaged over the devices of ``axis_name`` as well.
@@ -100,13 +100,15 @@ def each(
   if any(map(_is_explicit, jax.tree.leaves(batch))):
     params = [args[number] for number in argnums]
     of_all = _left_to_the_compiler(of_all, params)
-  result, grads, *info = of_all(args, kwargs)
+  result, grads, *rest = of_all(args, kwargs)  # a radius rule's state, an info
+  info = [one for one in rest if hasattr(one, "nonfinite_steps")]
+  rest = rest[:len(rest) - len(info)]
   bad = [jnp.minimum(one.nonfinite_steps, 1) for one in info]
   if axis_name is not None:
-    grads, info = _mesh.mean((grads, info), axis_name)
+    grads, rest, info = _mesh.mean((grads, rest, info), axis_name)
     bad = lax.pmax(bad, axis_name) if bad else []
   info = [one._replace(nonfinite_steps=b) for one, b in zip(info, bad, strict=True)]
-  return result, grads, *info
+  return result, grads, *rest, *info
 
 
 def _is_explicit(x: Any) -> bool:

@@ -12,6 +12,7 @@ from asam_jax import _geometry as _g
 from asam_jax import _info
 from asam_jax import _interop
 from asam_jax import _mesh
+from asam_jax import _radius
 
 
 class Link(optax.GradientTransformationExtraArgs):
@@ -91,6 +92,10 @@ def two_passes(
     at_own = evaluate
     evaluate = lambda point: at_own(_mesh.own(point, axis_name))  # noqa: E731
   ascend_along = (lambda g: _mesh.mean(g, axis_name)) if average_ascent else lambda g: g
+  rules = []  # the radius rule that the ascent follows, if it follows one
+  of_rules: dict[str, Any] = {"radius_rules": rules}
+  if axis_name is not None and not average_ascent:
+    of_rules["over_devices"] = lambda x: _mesh.mean(x, axis_name)
   try:
     clean = evaluate(params) if clean is None else clean
     clean = clean._replace(grads=ascend_along(clean.grads))
@@ -100,6 +105,7 @@ def two_passes(
         params,
         # For several ascent steps.
         grad_fn=lambda point: ascend_along(evaluate(point).grads),
+        **of_rules,
         **(extra_args or {}),
     )
     point = optax.apply_updates(params, epsilon)
@@ -115,6 +121,8 @@ def two_passes(
       f"the result of {source}", perturbed.grads, params, same_dtype=True,
       remedy="return the gradient with respect to params, cast to their dtypes.",
   )
+  if rules:
+    ascent_state = _radius.after_both(rules, ascent_state, params, clean, perturbed)
   grads = perturbed.grads
   if axis_name is not None:
     grads = _mesh.mean(grads, axis_name)

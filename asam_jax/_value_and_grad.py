@@ -17,6 +17,7 @@ from asam_jax import _groups
 from asam_jax import _info
 from asam_jax import _mesh
 from asam_jax import _microbatched
+from asam_jax import _radius
 from asam_jax import _two_passes
 from asam_jax._stochastic_rounding import StochasticRoundingState
 
@@ -64,7 +65,10 @@ def value_and_grad(
     argnums: which positional arguments are differentiated and perturbed. With
       several, the norm is over all of them.
     has_aux: whether ``fun`` returns ``(value, aux)``.
-    rho: the radius of the perturbation, >= 0; a number or a traced scalar.
+    rho: the radius of the perturbation, >= 0; a number or a traced scalar. Or a rule
+      such as :func:`asam_jax.auto_radius`, whose state goes in by name and comes out
+      behind the gradient: ``value, grad, radius = f(params, batch, radius=radius)``,
+      from ``rule.init()`` on.
     eta: the stabilizer, >= 0; a number or a traced scalar.
     p: the norm's exponent, a number in [1, inf].
     normalization: the operator T_w; see :func:`asam_jax.ascent`.
@@ -99,8 +103,8 @@ def value_and_grad(
 
   Returns:
     A function with the arguments of ``fun`` that returns ``(value, grad)`` or
-    ``((value, aux), grad)`` as ``jax.value_and_grad`` does; followed by an
-    :class:`AscentInfo` if ``with_info``.
+    ``((value, aux), grad)`` as ``jax.value_and_grad`` does; followed by the next state
+    of the radius rule if rho is one, and by an :class:`AscentInfo` if ``with_info``.
 
   Raises:
     ValueError, TypeError: as :func:`asam_jax.ascent` does; TypeError if rho or eta
@@ -140,26 +144,28 @@ def value_and_grad(
   if accumulate is not None:
     clean = accumulated(clean, accumulate, argnums)
 
-  def step(args, kwargs):
+  def step(args, kwargs, radius):
     params = chosen(args, argnums)
 
     def evaluate(point):
       result, grads = clean(*with_chosen(args, argnums, point), **kwargs)
       return _two_passes.Pass(grads, result[0] if has_aux else result, result)
 
-    return door.passes(_traced_once(evaluate), params)
+    return door.passes(_traced_once(evaluate), params, radius=radius)
 
   @functools.wraps(fun)
   def wrapped(*args: Any, **kwargs: Any) -> Any:
+    radius = door.radius_in(kwargs)
+    step_at = functools.partial(step, radius=radius)
     if m_sharpness is None:
-      return step(args, kwargs)
+      return step_at(args, kwargs)
     # Averaged over the groups first, and once over the devices then.
     if axis_name is not None:
       own = _mesh.own(chosen(args, argnums), axis_name)
       args = tuple(with_chosen(args, argnums, own))
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     results = _groups.each(
-        step, m_sharpness, args, kwargs, batch_argument(numbers), numbers, axis_name
+        step_at, m_sharpness, args, kwargs, batch_argument(numbers), numbers, axis_name
     )
     _two_passes.mark_perturbed(results[1])
     return results
@@ -189,7 +195,8 @@ class Door:
         )
     _two_passes.averaging(self.axis_name, self.average_ascent)
     if self.ascent is None:
-      _arguments.scalar("rho", self.rho)
+      if not self.rule:
+        _arguments.scalar("rho", self.rho)
     else:
       _two_passes.ascent_chain(self.ascent)
       self._check_ascent_alone()
@@ -210,17 +217,37 @@ class Door:
           " p, ...)."
       )
 
+  @property
+  def rule(self) -> _radius.RadiusRule | None:
+    return self.rho if isinstance(self.rho, _radius.RadiusRule) else None
+
+  def radius_in(self, kwargs: dict[str, Any]) -> Any:
+    """The state of the radius rule, taken out of a call's keyword arguments."""
+    if not self.rule:
+      return None
+    if "radius" not in kwargs:
+      raise TypeError(
+          "rho is a radius rule, whose state is missing: call value, grad, radius ="
+          " f(params, batch, radius=radius), at the first step with rule.init()."
+      )
+    radius = kwargs.pop("radius")
+    return _arguments.tree_like("radius", radius, self.rule.init(), "rule.init()")
+
   def passes(
       self,
       evaluate: Callable[[Any], _two_passes.Pass],
       params: Any,
       clean: _two_passes.Pass | None = None,
       at_perturbed: Callable[[Any, _two_passes.Pass], _two_passes.Pass] | None = None,
+      radius: Any = None,
   ) -> tuple[Any, ...]:
-    """(result of the clean pass, gradient to descend along), and the info if asked."""
+    """(result of the clean pass, gradient to descend along, ...).
+
+    Then the next state of the radius rule, and the info, each if there is one.
+    """
     plain = self.ascent is None
     tx = _ascent.from_geometry(self.rho, self.geometry) if plain else self.ascent
-    state = _stateless(tx.init(params))
+    state = _stateless(tx.init(params), radius)
     passes = _two_passes.two_passes(
         evaluate,
         optax.with_extra_args_support(tx),
@@ -233,6 +260,10 @@ class Door:
     )
     _two_passes.mark_perturbed(passes.grads)
     result = passes.clean.result, passes.grads
+    if self.rule:
+      kept = passes.ascent.radius
+      kept = kept if self.axis_name is None else _mesh.mean(kept, self.axis_name)
+      result = *result, jax.tree.map(lambda x, old: x.astype(old.dtype), kept, radius)
     if not self.with_info:
       return result
     info = _info.measured(self.geometry, passes, plain, self.axis_name)
@@ -246,22 +277,25 @@ def _differs(value: Any, default: Any) -> bool:
   return isinstance(value, jax.Array) or (value is not default and value != default)
 
 
-def _stateless(state: Any) -> Any:
-  """The state of an ascent chain without step counts; raises if it keeps more."""
+def _stateless(state: Any, radius: Any = None) -> Any:
+  """The state of an ascent chain without step counts; raises if it keeps more.
+
+  ``radius`` is the state of the one rule that may be in it, from the caller.
+  """
   stops = (_ascent.AscentState, StochasticRoundingState)
   is_known = lambda node: isinstance(node, stops)  # noqa: E731
   leaves, treedef = jax.tree.flatten(state, is_leaf=is_known)
-  if not all(map(is_known, leaves)):
+  ruled = any(getattr(x, "radius", None) is not None for x in leaves)
+  if not all(map(is_known, leaves)) or (ruled and radius is None):
     raise ValueError(
-        "ascent=... keeps a state between steps, as optax.ema and subtract_ema do, but"
-        " a function transformation has none: use perturbed_gradient(ascent_tx)"
-        " in the optimizer instead."
+        "ascent=... keeps a state between steps, as optax.ema, subtract_ema and radius"
+        " rules do, but a function transformation has none: use"
+        " perturbed_gradient(ascent_tx) in the optimizer instead."
     )
+  given = {"count": None, "radius": radius}
   return jax.tree.unflatten(
-      treedef, [
-          x._replace(count=None) if isinstance(x, _ascent.AscentState) else x
-          for x in leaves
-      ]
+      treedef,
+      [x._replace(**given) if isinstance(x, _ascent.AscentState) else x for x in leaves]
   )
 
 

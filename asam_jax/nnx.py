@@ -69,8 +69,8 @@ def value_and_grad(
       with respect to its ``nnx.Param``; or ``nnx.DiffState(argnum, filter)`` for
       other variables.
     has_aux: whether ``fun`` returns ``(value, aux)``.
-    rho: the radius, >= 0; a number or a traced scalar, no schedule; see
-      :func:`asam_jax.value_and_grad`.
+    rho: the radius, >= 0; a number or a traced scalar, no schedule; or a rule, whose
+      state goes in as ``radius=``; see :func:`asam_jax.value_and_grad`.
     eta: the stabilizer, >= 0; likewise.
     p: the norm's exponent, a number in [1, inf].
     normalization: the operator T_w; see :func:`asam_jax.ascent`.
@@ -90,8 +90,8 @@ def value_and_grad(
   Returns:
     A function with the arguments of ``fun`` that returns ``(value, grads)`` or
     ``((value, aux), grads)`` as ``nnx.value_and_grad`` does, for
-    ``optimizer.update(module, grads)``; followed by an :class:`asam_jax.AscentInfo`
-    if ``with_info``.
+    ``optimizer.update(module, grads)``; followed by the next state of a radius rule,
+    and by an :class:`asam_jax.AscentInfo` if ``with_info``.
 
   Raises:
     ValueError, TypeError: as :func:`asam_jax.value_and_grad` does; TypeError if
@@ -129,6 +129,7 @@ def value_and_grad(
   @functools.wraps(fun)
   def wrapped(*args: Any, **kwargs: Any) -> Any:
     params = _params(args, place, wrt)
+    radius = door.radius_in(kwargs)
     start = nnx.clone((args, kwargs))  # before the clean pass advances anything
     if axis_name is None:
       result, form = passes(*args, **kwargs)
@@ -146,9 +147,11 @@ def value_and_grad(
       nnx.update(args[place], point)
       return at(*passes(*args, **kwargs))
 
-    result, grads, *info = door.passes(evaluate, params, at(result, form))
+    result, grads, *rest = door.passes(
+        evaluate, params, at(result, form), radius=radius
+    )
     nnx.update(form, grads)
-    return result, form, *info
+    return result, form, *rest
 
   setattr(wrapped, _two_passes.PERTURBED, True)
   return wrapped

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from asam_jax import _arguments
-from asam_jax import _ascent
 from asam_jax import sharpness
 from asam_jax._coordinates import Coordinates
+from asam_jax._coordinates import perturbation
 from asam_jax._geometry import filter_axis_of
 from asam_jax._geometry import Geometry
 
@@ -113,7 +113,7 @@ def _needed(kind: str, loss: Any) -> Callable[[Any], Any]:
 
 def _steepest(loss, params: Any, geometry: Geometry) -> Any:
   grads = jax.grad(loss, allow_int=True)(params)
-  return _ascent.perturbation(grads, params, geometry, 1.0)
+  return perturbation(grads, params, geometry, 1.0)
 
 
 def _normal(coordinates: Coordinates, key: PRNGKeyArray) -> Any:

@@ -7,10 +7,10 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from asam_jax import _ascent
 from asam_jax import _trees
 from asam_jax._coordinates import Coordinates
 from asam_jax._coordinates import Delta
+from asam_jax._coordinates import perturbation
 from asam_jax._geometry import Geometry
 
 
@@ -76,4 +76,4 @@ def uniform(coordinates: Coordinates, key: jax.Array, rho: Any, p: float) -> Del
 def steepest(grads: Delta, length: Any, p: float) -> Any:
   """The maximizer of <grads, d> over ||d||_p <= length: the ascent with T = 1."""
   plain = Geometry(eta=0, p=p, normalization="none")
-  return _ascent.perturbation(grads, grads, plain, length)
+  return perturbation(grads, grads, plain, length)

@@ -17,8 +17,8 @@ from jaxtyping import PRNGKeyArray
 import optax
 
 from asam_jax import _arguments
-from asam_jax import _ascent
 from asam_jax._coordinates import Coordinates
+from asam_jax._coordinates import perturbation
 from asam_jax._geometry import Geometry
 from asam_jax.sharpness import _balls
 
@@ -175,7 +175,7 @@ def _check(method: Any, p: float, steps: Any, restarts: Any) -> None:
 def _one_step(loss, coordinates: Coordinates, rho, geometry: Geometry) -> WorstCase:
   params, dtype = coordinates.params, coordinates.dtype
   clean, grads = jax.value_and_grad(loss, allow_int=True)(params)
-  epsilon = _ascent.perturbation(grads, params, geometry, rho)
+  epsilon = perturbation(grads, params, geometry, rho)
   moved = optax.apply_updates(params, epsilon)
   value = jnp.asarray(loss(moved), dtype) - jnp.asarray(clean, dtype)
   return WorstCase(value, epsilon, value[None, None])
