@@ -266,11 +266,12 @@ def all_arrays(argument: str, tree: Any) -> Any:
   return tree
 
 
-def leaves(
-    params: optax.Params, normalize: Any, perturb: Any
-) -> list[tuple[Any, Any, bool, bool]]:
-  """(path, leaf, normalized, perturbed) for each leaf of params, checked."""
-  pairs, _ = jtu.tree_flatten_with_path(
+def leaves(params: optax.Params, **selections: Any) -> list[tuple[Any, ...]]:
+  """(path, leaf, chosen, ...) for each leaf of params, with a bool for each selection.
+
+  ``normalize``, ``perturb`` (or ``over``) is a pytree of bools, a predicate or None.
+  """
+  pairs, treedef = jtu.tree_flatten_with_path(
       params, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
   )
   for path, w in pairs:
@@ -282,11 +283,30 @@ def leaves(
       )
     if not (hasattr(w, "dtype") or isinstance(w, (int, float, complex))):
       raise _no_array("params", path, w)
-  chosen = [
-      selected(argument, _DEFAULTS[argument] if given is None else given, params)
-      for argument, given in (("normalize", normalize), ("perturb", perturb))
-  ]
-  for (path, w), perturbed in zip(pairs, chosen[1], strict=True):
+  chosen = {}
+  for argument, given in selections.items():
+    given = _DEFAULTS[argument] if given is None else given
+    # An Equinox module of bools is callable too, so its leaves decide.
+    bools = jtu.tree_leaves(given)
+    if callable(given) and not all(isinstance(x, bool) for x in bools):
+      bools = [given(path, w) for path, w in pairs]
+    elif jtu.tree_structure(given) != treedef:
+      raise ValueError(
+          f"{argument} has the structure {jtu.tree_structure(given)}, but the"
+          f" parameters have {treedef}; give a pytree of bools with one bool for"
+          " each parameter leaf, or a predicate (path, leaf) -> bool."
+      )
+    for (path, _), value in zip(pairs, bools, strict=True):
+      shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+      of_array = shape == () and dtype == np.bool_ and is_concrete(value)
+      if not (isinstance(value, bool) or of_array):
+        raise TypeError(
+            f"{argument} is {_shown(value)} for {jtu.keystr(path)}; it must be one bool"
+            " for every leaf, known when the step is traced."
+        )
+    chosen[argument] = [bool(value) for value in bools]
+  perturb = chosen.get("perturb", [False] * len(pairs))
+  for (path, w), perturbed in zip(pairs, perturb, strict=True):
     if perturbed and not is_float(w):
       raise TypeError(
           f"params{jtu.keystr(path)} has dtype {dtype_of(w)}, which can't be perturbed;"
@@ -296,32 +316,8 @@ def leaves(
       )
   return [
       (path, w, *bools)
-      for (path, w), *bools in zip(pairs, *chosen, strict=True)
+      for (path, w), *bools in zip(pairs, *chosen.values(), strict=True)
   ]
-
-
-def selected(argument: str, given: Any, params: Any) -> list[bool]:
-  """Which leaves of params a pytree of bools or a predicate selects, checked."""
-  pairs, treedef = jtu.tree_flatten_with_path(params)
-  # An Equinox module of bools is callable too, so its leaves decide.
-  bools = jtu.tree_leaves(given)
-  if callable(given) and not all(isinstance(x, bool) for x in bools):
-    bools = [given(path, w) for path, w in pairs]
-  elif jtu.tree_structure(given) != treedef:
-    raise ValueError(
-        f"{argument} has the structure {jtu.tree_structure(given)}, but the"
-        f" parameters have {treedef}; give a pytree of bools with one bool for"
-        " each parameter leaf, or a predicate (path, leaf) -> bool."
-    )
-  for (path, _), value in zip(pairs, bools, strict=True):
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    of_array = shape == () and dtype == np.bool_ and is_concrete(value)
-    if not (isinstance(value, bool) or of_array):
-      raise TypeError(
-          f"{argument} is {_shown(value)} for {jtu.keystr(path)}; it must be one bool"
-          " for every leaf, known when the step is traced."
-      )
-  return [bool(value) for value in bools]
 
 
 # The name of a bias, and how many of its axes may be longer than 1.

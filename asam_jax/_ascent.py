@@ -26,8 +26,7 @@ class AscentState(NamedTuple):
     sharpness: the first-order sharpness rho ||T_w g||_q of the last step, in the
       unit of the loss: a float32 scalar (float64 if a parameter is).
     dual_norm: ||T_w g||_q of the last step, likewise.
-    radius: the state of the radius rule, such as
-      :class:`asam_jax.AutoRadiusState`; None where rho is a number or a schedule.
+    radius: the state of the radius rule if rho is one, otherwise None.
   """
 
   count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -68,8 +67,8 @@ def ascent(
   Args:
     rho: the radius of the perturbation, >= 0, in the unit of ``T_w^{-1} w``
       (none, for the elementwise T_w): a number, a traced scalar, a schedule of the
-      step count, or a rule such as :func:`asam_jax.auto_radius`, which needs the
-      second gradient, as :func:`asam_jax.perturbed_gradient` has it.
+      step count, or, inside :func:`asam_jax.perturbed_gradient`, a rule such as
+      :func:`asam_jax.auto_radius`.
     eta: the stabilizer, >= 0, added to the diagonal of T_w, in the unit of the
       weights; the same types as rho. The official code's class has 0.01, its
       script for CIFAR 0.
@@ -128,12 +127,8 @@ def from_geometry(
 
   def init_fn(params: optax.Params) -> AscentState:
     dtype = _g.sum_dtype(geometry.rules(params))
-    return AscentState(
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((), dtype),
-        jnp.zeros((), dtype),
-        rule and rule.init(dtype),
-    )
+    zero, also = jnp.zeros((), dtype), jnp.zeros((), dtype)  # buffers of their own
+    return AscentState(jnp.zeros((), jnp.int32), zero, also, rule and rule.init(dtype))
 
   def update_fn(updates, state, params=None, **extra_args):
     if params is None:
@@ -310,9 +305,7 @@ def _each_leaf(
   ]
 
 
-def _sizes(
-    leaves: _Leaves, squares: bool, *scales: Any, scaled_only: bool = False
-) -> list[jax.Array]:
+def _sizes(leaves: _Leaves, squares: bool, *scales: Any) -> list[jax.Array]:
   """For each scale h, of x = h T g h over all leaves: ||x||_2, or the largest |x|.
 
   The scale is applied in two parts, to g and to T g, because no part of it may leave
@@ -321,10 +314,7 @@ def _sizes(
   of_all = (lambda x: jnp.sum(jnp.square(x))) if squares else (
       lambda x: jnp.max(jnp.abs(x))
   )
-  of_leaf = lambda t, g, *own: [  # noqa: E731
-      *([] if scaled_only else [of_all(g * t)[None]]),
-      *(of_all(g * h * t * h)[None] for h in own),
-  ]
+  of_leaf = lambda t, g, *own: [of_all(g * h * t * h)[None] for h in own]  # noqa: E731
   by_scale = zip(*_each_leaf(leaves, of_leaf, *scales), strict=True)
   joined = [lax.concatenate(sizes, 0) for sizes in by_scale]
   if not squares:
@@ -378,19 +368,17 @@ def _in_range(
 
   def turn(carry):
     *_, h = carry
-    (size,) = _sizes(leaves, squares, h, scaled_only=True)
+    (size,) = _sizes(leaves, squares, h)
+    too_small, too_large = size < lowest, ~(size <= highest)
+    other = jnp.where(too_small, big, jnp.where(too_large, small, 0))
     # Only a weight that T holds fixed under a huge gradient can't bear the big one.
-    back = jnp.where((h > 1) & ~(size <= highest), 0.5, 0)
-    return *finished(limited(size), h), back.astype(dtype)
-
-  def in_turn(start):
-    (size,) = _sizes(leaves, squares)
-    h = jnp.where(size < lowest, big, jnp.where(size <= highest, 0, small))
-    first = *finished(limited(size), start[-1]), h.astype(dtype)
-    return lax.while_loop(lambda carry: carry[-1] > 0, turn, first)
+    back = jnp.where((h > 1) & too_large, 0.5, 0)
+    # Finished inside the loop: XLA:CPU would move what follows it into the pass over
+    # each leaf, and look at all leaves for each.
+    return *finished(limited(size), h), jnp.where(h == 1, other, back).astype(dtype)
 
   def in_one_pass(start):
-    one, up, down = _sizes(leaves, squares, *jnp.array([big, small], dtype))
+    one, up, down = _sizes(leaves, squares, *jnp.array([1, big, small], dtype))
     is_up, is_down = (one < lowest) & (up <= highest), ~(one <= highest)
     size = jnp.where(is_up, up, jnp.where(is_down, down, one))
     h = jnp.where(is_up, big, jnp.where(is_down, small, 1)).astype(dtype)
@@ -399,7 +387,7 @@ def _in_range(
   zero = vary_as(jnp.zeros((), dtype), leaves)
   size, unit, h, _ = lax.platform_dependent(
       (zero, zero, zero, zero + 1),
-      cpu=in_turn,
+      cpu=lambda start: lax.while_loop(lambda carry: carry[-1] > 0, turn, start),
       default=in_one_pass,
   )
   # Without this barrier, XLA:CPU holds more around the last pass of some networks.
@@ -410,8 +398,7 @@ def _in_range(
 def _in_range_jvp(squares, primals, tangents):
   # A loop has no reverse mode; at a known scale none is needed.
   size, unit, h = _in_range(*primals, squares)
-  at_h = lambda leaves: _sizes(leaves, squares, h, scaled_only=True)[0]  # noqa: E731
-  _, slope = jax.jvp(at_h, primals, tangents)
+  _, slope = jax.jvp(lambda leaves: _sizes(leaves, squares, h)[0], primals, tangents)
   relative = slope / jnp.where(size == 0, 1, size)
   return (size, unit, h), (slope, -unit * relative, jnp.zeros_like(h))
 

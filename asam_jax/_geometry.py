@@ -310,7 +310,7 @@ class Geometry:
     return [
         LeafRule(path, leaf, self._operator if normalized else none, perturbed)
         for path, leaf, normalized, perturbed in _arguments.leaves(
-            params, self.normalize, self.perturb
+            params, normalize=self.normalize, perturb=self.perturb
         )
     ]
 

@@ -130,10 +130,10 @@ def auto_radius(
   def signal(observed: Observed) -> jax.Array:
     clean, perturbed = observed.clean, observed.perturbed
     if over is not None:
-      chosen = _arguments.selected("over", over, observed.params)
+      leaves = _arguments.leaves(observed.params, over=over)
       clean, perturbed = (
-          [x for x, c in zip(jax.tree.leaves(tree), chosen, strict=True) if c]
-          for tree in (clean, perturbed)
+          [x for x, (*_, c) in zip(jax.tree.leaves(g), leaves, strict=True) if c]
+          for g in (clean, perturbed)
       )
     dot, lengths = _trees.dot(clean, perturbed), jnp.sqrt(
         _trees.dot(clean, clean)) * jnp.sqrt(_trees.dot(perturbed, perturbed))
