@@ -1,0 +1,176 @@
+"""The radius study's table and figure, from the lines of its results."""
+
+from collections.abc import Sequence
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from examples import records
+from examples import style
+from examples import summary
+
+CHOSEN_ON = "mlp"  # the default target comes from its cells, which are no evidence
+NORMS = {"2": "2", "inf": "∞"}
+
+
+class Result(NamedTuple):
+  """One cell; accuracies in percent, and standard errors over the seeds."""
+
+  cell: tuple[str, float, str, str]
+  plain: tuple[float, float]
+  radii: list[float]
+  fixed: list[tuple[float, float]]
+  best: int  # the radius that the validation split chose
+  targets: list[float]
+  auto: list[tuple[float, float]]
+  best_target: int  # likewise
+  runs: int
+
+  @property
+  def title(self) -> str:
+    network, noise, normalization, p = self.cell
+    labels = f"{100 * noise:g} % wrong" if noise else "clean"
+    return f"{network}, {labels}, {normalization}, p = {NORMS.get(p, p)}"
+
+  @property
+  def gain(self) -> float:
+    """Of the tuned radius over the plain optimizer, in points."""
+    return self.fixed[self.best][0] - self.plain[0]
+
+  @property
+  def is_large(self) -> bool:
+    """Whether that is above twice its error, so that shares of it mean something."""
+    return self.gain > 2 * np.hypot(self.fixed[self.best][1], self.plain[1])
+
+
+def _scores(row: records.Row) -> list[tuple[float, float]]:
+  return [summary.mean_and_error(100 * np.array(one)) for one in row["accuracy"]]
+
+
+def results(rows: Sequence[records.Row]) -> list[Result]:
+  """The cells of which all is there, in their order."""
+  latest: dict[Any, records.Row] = {}
+  for row in rows:
+    config = row["config"]
+    cell = tuple(config[name] for name in ("network", "noise", "normalization", "p"))
+    latest[cell, config["rule"], config["validation"]] = row
+  found = []
+  for cell in dict.fromkeys(cell for cell, *_ in latest):
+    wanted = [(cell, "plain", False), *((cell, rule, validation)
+              for rule in ("fixed", "auto") for validation in (False, True))]
+    if not all(key in latest for key in wanted):
+      continue
+    plain, fixed, tuning, auto, tuning_auto = (latest[key] for key in wanted)
+    found.append(Result(
+        cell, _scores(plain)[0], fixed["config"]["numbers"], _scores(fixed),
+        int(np.argmax([mean for mean, _ in _scores(tuning)])),
+        auto["config"]["numbers"], _scores(auto),
+        int(np.argmax([mean for mean, _ in _scores(tuning_auto)])),
+        len(plain["accuracy"][0]),
+    ))
+  return found
+
+
+def _shown(score: tuple[float, float]) -> str:
+  return f"{score[0]:.1f} ± {score[1]:.1f}"
+
+
+def table(found: Sequence[Result]) -> str:
+  """Test accuracies as Markdown."""
+  targets = found[0].targets
+  header = ["cell", "plain", "tuned ρ", *(f"c = {c:g}" for c in targets)]
+  lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+  for result in found:
+    tuned = f"{_shown(result.fixed[result.best])} ({result.radii[result.best]:g})"
+    lines.append([result.title, _shown(result.plain), tuned,
+                  *map(_shown, result.auto)])
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def shares(found: Sequence[Result], index: int | None) -> list[float]:
+  """Of the tuned radius's gain, by one target or (None) the one that was chosen."""
+  return [
+      (one.auto[one.best_target if index is None else index][0] - one.plain[0])
+      / one.gain
+      for one in found if one.is_large
+  ]
+
+
+def verdict(found: Sequence[Result]) -> str:
+  """What the rule reaches, in sentences."""
+  judged = [one for one in found if one.cell[0] != CHOSEN_ON] or list(found)
+  lines = []
+  for index, target in enumerate(found[0].targets):
+    got = shares(judged, index)
+    worse = [
+        one.title for one in judged
+        if one.auto[index][0] - one.plain[0]
+        < -np.hypot(one.auto[index][1], one.plain[1])
+    ]
+    total = sum(one.auto[index][0] - one.plain[0] for one in judged)
+    lines.append(
+        f"c = {target:g}: {100 * np.mean(got) if got else np.nan:.0f} % of the tuned"
+        f" radius's gain, mean of the {len(got)} cells where it is above twice its"
+        f" error; {100 * total / sum(one.gain for one in judged):.0f} % of the sum of"
+        f" gains over all {len(judged)}; worse than plain by more than the error:"
+        f" {', '.join(worse) or 'none'}."
+    )
+  best = shares(judged, None)
+  if best:
+    lines.append(
+        f"Best of the three on the validation split: {100 * np.mean(best):.0f} %, the"
+        f" least {100 * min(best):.0f} %."
+    )
+  return "\n".join(lines)
+
+
+def plot(found: Sequence[Result], path: pathlib.Path) -> None:
+  """Accuracy against the radius, and against the target, a panel for each task."""
+  tasks = list(dict.fromkeys(one.cell[:2] for one in found))
+  with style.picture(path, 2, len(tasks), size=(3.1 * len(tasks), 5.6)) as (
+      figure, axes
+  ):
+    for column, task in enumerate(tasks):
+      here = [one for one in found if one.cell[:2] == task]
+      for row, axis in enumerate(axes[:, column]):
+        for k, one in enumerate(here):
+          xs = one.targets if row else np.array(one.radii) / one.radii[3]
+          scores = one.auto if row else one.fixed
+          mean, error = np.array(scores).T
+          axis.errorbar(xs, mean, error, marker="os^D"[k], markersize=4, capsize=2,
+                        elinewidth=1, label=f"{one.cell[2]}, p = {NORMS[one.cell[3]]}")
+        axis.axhline(here[0].plain[0], color="0.4", linestyle="--", linewidth=1,
+                     label="plain optimizer")
+        axis.set_xlabel("target of the cosine" if row
+                        else "radius / middle of its sweep")
+        if not row:
+          axis.set_xscale("log", base=2)
+        low = min(here[0].plain[0], *(m for one in here for m, _ in one.auto))
+        top = max(m for one in here for m, _ in [*one.fixed, *one.auto])
+        axis.set_ylim(low - 0.6 * (top - low) - 0.5, top + 0.1 * (top - low) + 0.3)
+        if not column:
+          axis.set_ylabel("test accuracy in %")
+      noise = f"{100 * task[1]:g} % wrong labels" if task[1] else "clean labels"
+      axes[0, column].set_title(f"{task[0]}\n{noise}")
+      axes[0, column].legend(fontsize=7)
+    style.explain(figure, style.bars_mean(found[0].runs) + " Radii that fall out of a"
+                  " panel are below the plain optimizer.")
+
+
+def write(folder: pathlib.Path, rows: Sequence[records.Row]) -> str:
+  """Writes ``radius.md`` and ``radius.png`` into the folder; returns the text."""
+  found = results(rows)
+  if not found:
+    return "no cell of the study is complete yet"
+  row = rows[-1]
+  about = (
+      f"Test accuracy in % of the last epoch, ± one standard error over"
+      f" {found[0].runs} seeds; {row['config']['epochs']} epochs, batch"
+      f" {row['config']['batch_size']}; {row['device']}, {row['cores']} cores,"
+      f" {row['date']}, {row['versions']}."
+  )
+  text = f"{table(found)}\n\n{about}\n\n{verdict(found)}\n"
+  records.replace(folder / "radius.md", text)
+  plot(found, folder / "radius.png")
+  return text
