@@ -186,6 +186,17 @@ def with_info(**arguments):
   return one_update(tx, **arguments)
 
 
+def ruled(make):
+  """A row for a radius rule, in an optimizer's second step."""
+  def call(**arguments):
+    tx = asam_jax.adaptive_sam(SGD, make(**arguments))
+    losses = {"value": jnp.array(1.0), "value_fn": loss}
+    _, state = one_update(tx, **losses)
+    return one_update(tx, state=state, **losses)
+
+  return call
+
+
 GOOD: dict[str, tuple[Any, dict[str, Any]]] = {
     "ascent": optimizer(asam_jax.ascent, **ASCENT_GOOD),
     "adaptive_sam": optimizer(asam_jax.adaptive_sam, base_tx=SGD, **ASCENT_GOOD),
@@ -234,6 +245,16 @@ GOOD: dict[str, tuple[Any, dict[str, Any]]] = {
         {"threshold": 0.0, "decay": 0.9, "init_params": W, "grads": GRADS}),
     "skip_nonfinite": optimizer(asam_jax.skip_nonfinite, base_tx=SGD, link=link()),
     "stochastic_rounding": optimizer(asam_jax.stochastic_rounding, key=0),
+    "auto_radius": (
+        ruled(asam_jax.auto_radius),
+        {"cosine": 0.8, "rate": 0.05, "start": 0.05, "rho_max": 10.0, "over": None}),
+    "rise_radius": (
+        ruled(asam_jax.rise_radius),
+        {"rise": 0.1, "rate": 0.05, "start": 0.05, "rho_max": 10.0}),
+    "loss_budget": (ruled(asam_jax.loss_budget), {"sigma": 0.1, "rho_max": 1.0}),
+    "value_and_grad(radius)": (
+        lambda radius: asam_jax.value_and_grad(loss, rho=asam_jax.auto_radius())(
+            W, radius=radius), {"radius": asam_jax.AutoRadiusState(jnp.array(0.1))}),
     "value_and_grad": (
         without_ascent(door(asam_jax.value_and_grad, loss, W, ROWS)),
         DOOR_GOOD | {"m_sharpness": None}),
@@ -334,7 +355,13 @@ GOOD: dict[str, tuple[Any, dict[str, Any]]] = {
         {"grads": GRADS, "params": W}),
 }
 
+POSITIVE = (*RADIUS, 0, 0.0, jnp.array(0.0), lambda step: 1.0)
 BAD: dict[str, tuple[Any, ...]] = {
+    "cosine": (*POSITIVE, 1, 1.0, 1.5, jnp.array(1.0)), "rate": POSITIVE,
+    "start": POSITIVE, "rho_max": POSITIVE, "rise": POSITIVE, "over": SELECTION,
+    "radius": (None, 0.1, "0.1", (), W, jnp.array(0.1), object(), [jnp.array(0.1)],
+               asam_jax.AutoRadiusState(jnp.ones(2)), asam_jax.AutoRadiusState("a"),
+               asam_jax.AutoRadiusState(None)),
     "base_tx": BASE, "ascent_tx": ASCENT, "link": LINK, "rho": SCHEDULE,
     "eta": SCHEDULE, "p": EXPONENT, "normalization": OPERATORS, "normalize": SELECTION,
     "perturb": SELECTION, "decay": DECAY, "dtype": TYPE, "k": COUNT, "steps": COUNT,
@@ -390,6 +417,10 @@ ONLY: dict[tuple[str, str], tuple[Any, ...]] = {
        for name in ("Geometry", "elementwise", "filterwise", "layerwise")},
     ("describe(**options)", "eta"): RADIUS,  # its schedule is never asked
     ("describe(**options)", "normalization"): OPERATORS[:8],  # nor is a function
+    ("loss_budget", "sigma"): SCHEDULE,
+    # No limit is valid there.
+    ("loss_budget", "rho_max"): tuple(
+        x for x in POSITIVE if not (isinstance(x, float) and x == math.inf)),
     ("gsam", "alpha"): (*NUMBER_LIKE, lambda step: 1.0),
     ("surrogate_gap", "alpha"): (*NUMBER_LIKE, lambda step: 1.0),
     ("looksam", "alpha"): (*RADIUS, lambda step: 1.0),
@@ -468,8 +499,8 @@ def test_none_is_silent_and_the_errors_name_the_argument():
 
 def test_every_public_name_is_in_the_table():
   rows_of = {re.split(r"[.(]", name.removeprefix("nnx."))[0] for name in GOOD}
-  classes = {"AscentInfo", "Description", "Gate", "LeafDescription", "RadiusVerdict",
-             "__version__"}
+  classes = {"AscentInfo", "Description", "Gate", "LeafDescription", "Observed",
+             "RadiusRule", "RadiusVerdict", "__version__"}
   public = {name for name in asam_jax.__all__ if not name.endswith("State")} - classes
   assert public | set(asam_jax.nnx.__all__) <= rows_of
 
@@ -547,6 +578,8 @@ def valid_rows():
         yield function, argument, (np.int64(1), (1,), [np.int64(1)])
       elif argument == "argnums" and function.startswith("nnx."):
         yield function, argument, (0, nnx.DiffState(0, nnx.Param))
+      elif (function, argument) == ("loss_budget", "sigma"):
+        yield function, argument, (*NUMBERS, *SCHEDULES)
       elif VALID.get(argument):
         yield function, argument, VALID[argument]
 

@@ -68,7 +68,7 @@ class Method(NamedTuple):
 
 # Numbers that a step exchanges at most for each sharded leaf, if it is not 1, a norm:
 # other norms and products; the largest coordinate's size, place and owner.
-SCALARS = {"looksam": 12, "gsam": 4, "adaptive_sam, p=1": 12}
+SCALARS = {"looksam": 12, "gsam": 4, "auto_radius": 4, "adaptive_sam, p=1": 12}
 
 
 def base():
@@ -83,6 +83,7 @@ METHODS = {
     "momentum_sam": Method(asam_jax.momentum_sam(base(), 0.5), 1, needs_grad_fn=False),
     "looksam": Method(asam_jax.looksam(base(), 0.5, k=3), 2),
     "gsam": Method(asam_jax.gsam(base(), 0.5, 0.1), 2),
+    "auto_radius": Method(asam_jax.adaptive_sam(base(), asam_jax.auto_radius()), 2),
     "value_and_grad": Method(base(), 2, asam_jax.value_and_grad, False),
 }
 

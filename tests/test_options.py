@@ -75,6 +75,9 @@ DEFAULTS = {
     asam_jax.sometimes: {"reuse": 0},
     asam_jax.subtract_ema: {"decay": 0.9, "sigma": 1},
     asam_jax.vasso: {"decay": 0.6},
+    asam_jax.auto_radius: {"cosine": 0.8, "rate": 0.05, "start": 0.05, "rho_max": 1e4},
+    asam_jax.rise_radius: {"rise": 0.17, "rate": 0.05, "start": 0.05, "rho_max": 1e4},
+    asam_jax.loss_budget: {"rho_max": float("inf")},
     sharpness.average_case: {
         "distribution": "normal", "samples": 32, "antithetic": True},
     sharpness.hessian_eigenvalues: {"k": 1, "steps": 32},

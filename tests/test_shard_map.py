@@ -320,6 +320,12 @@ METHODS = {
     "friendly_sam": lambda **options: asam_jax.friendly_sam(
         optax.sgd(0.1), 0.3, **options),
     "vasso": lambda **options: asam_jax.vasso(optax.sgd(0.1), 0.3, **options),
+    "auto_radius": lambda **options: asam_jax.adaptive_sam(
+        optax.sgd(0.1), asam_jax.auto_radius(), **options),
+    "rise_radius": lambda **options: asam_jax.adaptive_sam(
+        optax.sgd(0.1), asam_jax.rise_radius(), **options),
+    "loss_budget": lambda **options: asam_jax.adaptive_sam(
+        optax.sgd(0.1), asam_jax.loss_budget(0.1), **options),
     "every_second": linked(
         lambda link: asam_jax.sometimes(link, lambda step: step % 2 == 1)),
     "iterated": lambda **options: optax.chain(
@@ -348,7 +354,10 @@ def test_devices_stay_alike(method, layout):
   chex.assert_tree_all_finite((params, state))
 
 
-@pytest.mark.parametrize("method", ["gsam", "looksam", "vasso", "friendly_sam"])
+@pytest.mark.parametrize(
+    "method",
+    ["gsam", "looksam", "vasso", "friendly_sam", "auto_radius", "loss_budget"],
+)
 def test_the_whole_batch_on_every_device_is_one_device(method):
   """Where all devices see the same examples, there is nothing but one device."""
   one, many = METHODS[method](), METHODS[method](axis_name="data")
@@ -364,6 +373,25 @@ def test_the_whole_batch_on_every_device_is_one_device(method):
       "unchecked", PARAMS, many.init(PARAMS),
   )
   chex.assert_trees_all_close(got, want, rtol=2e-5, atol=1e-6)
+
+
+def test_a_budget_has_one_radius_on_all_devices():
+  """That of the mean of their norms."""
+  tx = asam_jax.adaptive_sam(
+      optax.sgd(1.0), asam_jax.loss_budget(0.1), axis_name="data")
+  params, state = run(
+      optimizer_step(tx, "unchecked"), "unchecked", PARAMS, tx.init(PARAMS))
+  norms = [asam_jax.Geometry().dual_norm(jax.grad(loss)(PARAMS, batch), PARAMS)
+           for batch in shares()]
+  rho = 0.1 / np.mean(norms)
+  np.testing.assert_allclose(
+      optax.tree_utils.tree_get(state, "sharpness"), 0.1, rtol=1e-5)
+  want = mean([
+      jax.grad(loss)(optax.apply_updates(PARAMS, epsilon(PARAMS, batch, rho)), batch)
+      for batch in shares()
+  ])
+  moved = jax.tree.map(jnp.subtract, PARAMS, params)
+  chex.assert_trees_all_close(moved, want, rtol=1e-5, atol=1e-6)
 
 
 def test_gsam_combines_averaged_gradients():
