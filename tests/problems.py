@@ -187,12 +187,8 @@ def _stable_sam(base_tx: Any, rho: Any) -> Any:
   link = asam_jax.perturbed_gradient(asam_jax.ascent(rho))
   return optax.chain(asam_jax.combined(link, asam_jax.renormalized), base_tx)
 def _auto_radius(base_tx: Any, rho: Any) -> Any:
-  """Its target is near 1, so that it stays as small as the table's radii.
-
-  A rule takes no schedule of rho and has no zero: for these rho is what it says.
-  """
-  rule = asam_jax.auto_radius(0.999)
-  return asam_jax.adaptive_sam(base_tx, rho if callable(rho) or not rho else rule)
+  """Its target is near 1, so that it stays as small as the table's radii."""
+  return asam_jax.adaptive_sam(base_tx, asam_jax.auto_radius(0.999) if rho else 0.0)
 
 
 def _loss_budget(base_tx: Any, rho: Any) -> Any:
