@@ -12,7 +12,7 @@ from asam_jax import _radius
 from asam_jax import _two_passes
 
 
-@_interop.keeps("normalization", "normalize", "perturb")
+@_interop.keeps("normalization", "normalize", "perturb", "param_specs")
 def adaptive_sam(
     base_tx: optax.GradientTransformation,
     rho: _radius.Radius = 0.5,
@@ -22,6 +22,7 @@ def adaptive_sam(
     normalization: _g.Normalization = "elementwise",
     normalize: _g.LeafSelection | None = None,
     perturb: _g.LeafSelection | None = None,
+    param_specs: Any = None,
     axis_name: Any = None,
     average_ascent: bool = False,
     with_info: bool = False,
@@ -60,6 +61,8 @@ def adaptive_sam(
     normalization: the operator T_w; see :func:`asam_jax.ascent`.
     normalize: the leaves that get T_w; see :func:`asam_jax.ascent`.
     perturb: the leaves that are perturbed at all; see :func:`asam_jax.ascent`.
+    param_specs: for parameters that are sharded by hand inside ``shard_map``; see
+      :func:`asam_jax.ascent`.
     axis_name: see :func:`asam_jax.perturbed_gradient`.
     average_ascent: likewise.
     with_info: whether to keep an :class:`asam_jax.AscentInfo` of the last step in
@@ -103,7 +106,7 @@ def adaptive_sam(
     Scale-Invariant Learning of Deep Neural Networks
     <https://arxiv.org/abs/2102.11600>`_, 2021
   """
-  geometry = _g.Geometry(eta, p, normalization, normalize, perturb)
+  geometry = _g.Geometry(eta, p, normalization, normalize, perturb, param_specs)
   link = _two_passes.link_of(
       _ascent.from_geometry(rho, geometry),
       axis_name,
@@ -114,13 +117,14 @@ def adaptive_sam(
   return _two_passes.optimizer(base_tx, link)
 
 
-@_interop.keeps("perturb")
+@_interop.keeps("perturb", "param_specs")
 def sam(
     base_tx: optax.GradientTransformation,
     rho: _radius.Radius = 0.05,
     p: float = 2,
     *,
     perturb: _g.LeafSelection | None = None,
+    param_specs: Any = None,
     axis_name: Any = None,
     average_ascent: bool = False,
     with_info: bool = False,
@@ -136,6 +140,8 @@ def sam(
     rho: the radius, in the unit of the weights; the paper's is 0.05 on CIFAR-10.
     p: the norm's exponent, a number in [1, inf].
     perturb: the leaves that are perturbed; see :func:`asam_jax.ascent`.
+    param_specs: for parameters that are sharded by hand inside ``shard_map``; see
+      :func:`asam_jax.ascent`.
     axis_name: see :func:`asam_jax.perturbed_gradient`.
     average_ascent: likewise.
     with_info: see :func:`adaptive_sam`.
@@ -167,6 +173,7 @@ def sam(
       p=p,
       normalization="none",
       perturb=perturb,
+      param_specs=param_specs,
       axis_name=axis_name,
       average_ascent=average_ascent,
       with_info=with_info,

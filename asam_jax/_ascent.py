@@ -15,6 +15,8 @@ import optax
 from asam_jax import _arguments
 from asam_jax import _geometry as _g
 from asam_jax import _radius
+from asam_jax import _shards
+from asam_jax import _trees
 
 
 class AscentState(NamedTuple):
@@ -43,6 +45,7 @@ def ascent(
     normalization: _g.Normalization = "elementwise",
     normalize: _g.LeafSelection | None = None,
     perturb: _g.LeafSelection | None = None,
+    param_specs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The perturbation of ASAM as a link: gradient in, perturbation out.
 
@@ -81,6 +84,8 @@ def ascent(
       ``(path, leaf) -> bool`` with JAX's key paths; the others get T = 1. By
       default every leaf but biases (:func:`asam_jax.is_not_bias`).
     perturb: the leaves that are perturbed at all, given likewise; by default all.
+    param_specs: for parameters that are sharded by hand inside ``shard_map``, the
+      PartitionSpecs of its in_specs; see :class:`asam_jax.Geometry`.
 
   Returns:
     An ``optax.GradientTransformationExtraArgs`` with state :class:`AscentState`.
@@ -112,7 +117,8 @@ def ascent(
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
-  return from_geometry(rho, _g.Geometry(eta, p, normalization, normalize, perturb))
+  geometry = _g.Geometry(eta, p, normalization, normalize, perturb, param_specs)
+  return from_geometry(rho, geometry)
 
 
 def from_geometry(
@@ -121,6 +127,8 @@ def from_geometry(
   """:func:`ascent` in a geometry that is there already."""
   _arguments.instance("geometry", geometry, _g.Geometry)
   rule = rho if isinstance(rho, _radius.RadiusRule) else None
+  if rule and rule.update:
+    _shards.refuse("a radius rule", geometry.param_specs, "what it measures")
   # Under a rule, the closed form at radius 1 is multiplied with what the rule says.
   rho = 1.0 if rule else _arguments.scalar_or_schedule("rho", rho)
   stabilizer = _arguments.scalar_or_schedule("eta", geometry.eta)
@@ -130,7 +138,7 @@ def from_geometry(
     zero, also = jnp.zeros((), dtype), jnp.zeros((), dtype)  # buffers of their own
     return AscentState(jnp.zeros((), jnp.int32), zero, also, rule and rule.init(dtype))
 
-  def update_fn(updates, state, params=None, **extra_args):
+  def update_fn(updates, state, params=None, *, axis_name=None, **extra_args):
     if params is None:
       raise ValueError(
           "params=None: the perturbation depends on the parameters; call"
@@ -143,6 +151,10 @@ def from_geometry(
       )
     rules = geometry.rules(params)
     _arguments.tree_like("the gradient", updates, params)
+    if not (geometry.param_specs is None and axis_name is None):
+      _shards.check(
+          geometry.param_specs, rules, jtu.tree_leaves(updates), axis_name
+      )
     dtype = state.dual_norm.dtype
     radius, eta = (
         jnp.asarray(
@@ -162,6 +174,9 @@ def from_geometry(
         [jnp.asarray(gs[i]) for i in chosen],
         eta,
     )
+    if geometry.param_specs is not None:
+      shards = _shards.shards_of(geometry.param_specs, [rules[i] for i in chosen])
+      leaves = dataclasses.replace(leaves, shards=shards)
     # Without jit around the step, a loop would compile at every call. In a compiled
     # step this is inlined, and changes nothing. Operators of the user's own stay out:
     # a compiled one would not see that what it reads has changed.
@@ -190,13 +205,13 @@ def from_geometry(
         state.radius,
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return _shards.Ascent.over(geometry.param_specs, init_fn, update_fn)
 
 
 @functools.partial(
     jtu.register_dataclass,
     data_fields=["ws", "gs", "eta", "kept"],
-    meta_fields=["rules", "built_in"],
+    meta_fields=["rules", "built_in", "shards"],
 )
 @dataclasses.dataclass(frozen=True)
 class _Leaves:
@@ -213,6 +228,7 @@ class _Leaves:
   gs: list[jax.Array]
   eta: jax.Array
   kept: tuple[jax.Array | None, ...] = ()
+  shards: _shards.Shards | None = None  # of what is sharded by hand
 
 
 def _closed_form(leaves: _Leaves, rho: jax.Array, p: float):
@@ -224,18 +240,20 @@ def _closed_form(leaves: _Leaves, rho: jax.Array, p: float):
     if rule.operator not in (_g.elementwise, _g.none):
       t = rule.factor(w.astype(dtype), leaves.eta)
     kept.append(t if t is not None and t.size < w.size else None)
-  leaves = dataclasses.replace(leaves, kept=tuple(kept))
+  leaves, shards = dataclasses.replace(leaves, kept=tuple(kept)), leaves.shards
   q = 1 if math.isinf(p) else math.inf if p == 1 else p / (p - 1)
 
   # With x = h T g h, where h keeps x in range: ||x||_q is size times relative.
   relative, h, unit = jnp.ones((), dtype), jnp.ones((), dtype), jnp.ones((), dtype)
   if q == 1:
-    size = sum(_each_leaf(leaves, lambda t, g: jnp.sum(jnp.abs(t * g))))
+    sizes = _each_leaf(leaves, lambda t, g: jnp.sum(jnp.abs(t * g)))
+    size = sum(shards.sums([jnp.stack(sizes)])[0] if shards else sizes)
   else:
     size, unit, h = _in_range(leaves, q == 2)
     if q not in (2, math.inf):
-      powers = lambda t, g, a, b: jnp.sum(_power(jnp.abs(g * a * t * b), q))  # noqa: E731
-      total = sum(_each_leaf(leaves, powers, h, unit))
+      powers = lambda t, g, a, b: jnp.sum(_trees.power(jnp.abs(g * a * t * b), q))  # noqa: E731
+      totals = _each_leaf(leaves, powers, h, unit)
+      total = sum(shards.sums([jnp.stack(totals)])[0] if shards else totals)
       relative = jnp.where(total == 0, 1, total) ** (1 / q)
       unit = unit / relative
 
@@ -251,16 +269,18 @@ def _closed_form(leaves: _Leaves, rho: jax.Array, p: float):
     if q == math.inf:
       # The passes may round T g differently, so equal is what is nearly so. The
       # first one of each leaf; 0 * NaN stays visible.
-      first = _first(share >= 1 - 4 * jnp.finfo(dtype).eps)
-      return direction * jnp.where(first, 1, 0 * share), jnp.any(first)
-    return direction * _power(share, q - 1)
+      first, place = _shards.first(share >= 1 - 4 * jnp.finfo(dtype).eps)
+      return direction * jnp.where(first, 1, 0 * share), jnp.any(first), place
+    return direction * _trees.power(share, q - 1)
 
   one = euclidean if q == 2 else epsilon
   epsilons = _each_leaf(leaves, one, rho, h, unit, last=True)
   if q == math.inf:  # the first leaf of all that has one
     found = jnp.array(False)
-    for i, (one, here) in enumerate(epsilons):
-      epsilons[i], found = jnp.where(found, 0 * one, one), found | here
+    losers = shards and shards.losers([rest for _, *rest in epsilons], leaves.ws)
+    for i, (one, here, _) in enumerate(epsilons):
+      lost = losers[i] if losers else found
+      epsilons[i], found = jnp.where(lost, 0 * one, one), found | here
   return epsilons, size * relative / h / h
 
 
@@ -317,6 +337,8 @@ def _sizes(leaves: _Leaves, squares: bool, *scales: Any) -> list[jax.Array]:
   of_leaf = lambda t, g, *own: [of_all(g * h * t * h)[None] for h in own]  # noqa: E731
   by_scale = zip(*_each_leaf(leaves, of_leaf, *scales), strict=True)
   joined = [lax.concatenate(sizes, 0) for sizes in by_scale]
+  if leaves.shards:
+    joined = (leaves.shards.sums if squares else leaves.shards.largest)(joined)
   if not squares:
     return [jnp.max(sizes) for sizes in joined]
   # Without the infinite slope at zero.
@@ -327,13 +349,14 @@ def _sizes(leaves: _Leaves, squares: bool, *scales: Any) -> list[jax.Array]:
   ]
 
 
-def vary_as(tree: Any, like: Any) -> Any:
+def vary_as(tree: Any, like: Any, but: Any = ()) -> Any:
   """Constants that vary over a mesh as ``like`` does, for a loop in shard_map."""
   axes = set()
   for x in jtu.tree_leaves(like) if hasattr(jax, "typeof") else ():
     kind = jax.typeof(x)  # JAX 0.6 to 0.9 say `vma`, later ones `mat.varying`
     kind = getattr(kind, "mat", kind)
     axes |= set(getattr(kind, "varying", getattr(kind, "vma", ())))
+  axes -= set(but)
   if not axes:
     return tree
   if hasattr(lax, "pcast"):
@@ -384,7 +407,8 @@ def _in_range(
     h = jnp.where(is_up, big, jnp.where(is_down, small, 1)).astype(dtype)
     return *finished(limited(size), h), start[0]
 
-  zero = vary_as(jnp.zeros((), dtype), leaves)
+  summed = leaves.shards.axes if leaves.shards else ()
+  zero = vary_as(jnp.zeros((), dtype), leaves, summed)
   size, unit, h, _ = lax.platform_dependent(
       (zero, zero, zero, zero + 1),
       cpu=lambda start: lax.while_loop(lambda carry: carry[-1] > 0, turn, start),
@@ -401,28 +425,3 @@ def _in_range_jvp(squares, primals, tangents):
   _, slope = jax.jvp(lambda leaves: _sizes(leaves, squares, h)[0], primals, tangents)
   relative = slope / jnp.where(size == 0, 1, size)
   return (size, unit, h), (slope, -unit * relative, jnp.zeros_like(h))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _power(x: jax.Array, exponent: float) -> jax.Array:
-  """The power of x >= 0; its derivatives at 0 are 0, where they may be inf."""
-  if exponent > 0:
-    return x**exponent
-  return jnp.where(x == 0, 0, jnp.where(x == 0, 1, x) ** exponent)
-
-
-@_power.defjvp
-def _power_jvp(exponent, primals, tangents):
-  (x,), (dx,) = primals, tangents
-  return _power(x, exponent), exponent * _power(x, exponent - 1) * dx
-
-
-def _first(hits: jax.Array) -> jax.Array:
-  """Keeps the first True alone, in the order of the flattened array.
-
-  Axis by axis: only scalars cross devices, and no index exceeds an axis.
-  """
-  for axis in range(hits.ndim):
-    index = lax.broadcasted_iota(jnp.int32, hits.shape, axis)
-    hits = hits & (index == jnp.min(jnp.where(hits, index, hits.shape[axis])))
-  return hits

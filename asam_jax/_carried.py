@@ -13,6 +13,7 @@ from asam_jax import _ascent
 from asam_jax import _geometry as _g
 from asam_jax import _interop
 from asam_jax import _radius
+from asam_jax import _shards
 from asam_jax import _trees
 from asam_jax import _two_passes
 
@@ -150,7 +151,7 @@ def carried(
   return _carried(base_tx, dtype, init_ascent, perturb)
 
 
-@_interop.keeps("normalization", "normalize", "perturb")
+@_interop.keeps("normalization", "normalize", "perturb", "param_specs")
 def momentum_sam(
     base_tx: optax.GradientTransformation,
     rho: optax.ScalarOrSchedule = 0.5,
@@ -161,6 +162,7 @@ def momentum_sam(
     normalization: _g.Normalization = "elementwise",
     normalize: _g.LeafSelection | None = None,
     perturb: _g.LeafSelection | None = None,
+    param_specs: Any = None,
     dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adaptive Momentum-SAM: one gradient a step, perturbed against the momentum.
@@ -194,6 +196,8 @@ def momentum_sam(
     normalization: the operator T_w; see :func:`asam_jax.ascent`.
     normalize: the leaves that get T_w; see :func:`asam_jax.ascent`.
     perturb: the leaves that are perturbed at all; see :func:`asam_jax.ascent`.
+    param_specs: for parameters that are sharded by hand inside ``shard_map``; see
+      :func:`asam_jax.ascent`.
     dtype: see :func:`carried`.
 
   Returns:
@@ -219,7 +223,7 @@ def momentum_sam(
     Computational Overhead <https://arxiv.org/abs/2401.12033>`_, 2024
   """
   _arguments.scalar("decay", decay, high=1)
-  geometry = _g.Geometry(eta, p, normalization, normalize, perturb)
+  geometry = _g.Geometry(eta, p, normalization, normalize, perturb, param_specs)
   ascent_tx = _ascent.from_geometry(rho, geometry)
 
   def init_ascent(base_state, clean):
@@ -236,7 +240,9 @@ def momentum_sam(
       )
     elif not _sees_the_gradient_first(base_state):
       # Behind a learning rate it is negated: it then points the way of the steps.
-      against = _trees.dot(momentum, steps) <= 0
+      shards = _shards.shards_of(param_specs, geometry.rules(clean))
+      dot = shards.dot if shards else _trees.dot
+      against = dot(momentum, steps) <= 0
       momentum = _trees.map_floats(lambda v: jnp.where(against, v, -v), momentum)
     epsilon, ascent_state = ascent_tx.update(
         momentum, state.ascent, clean, **extra_args

@@ -11,6 +11,7 @@ import optax
 
 from asam_jax import _arguments
 from asam_jax import _mesh
+from asam_jax import _shards
 from asam_jax import _trees
 from asam_jax import _two_passes
 
@@ -41,6 +42,9 @@ def combined(
   Returns:
     An ``optax.GradientTransformationExtraArgs`` with the state of ``link``.
 
+  Raises:
+    ValueError: for our own combinations around an ascent with ``param_specs``.
+
   Examples:
     >>> import jax, jax.numpy as jnp, optax
     >>> import asam_jax
@@ -62,6 +66,8 @@ def combined(
   """
   link = _two_passes.link(link)
   _arguments.function("combine", combine, "(clean, perturbed) -> gradient")
+  if getattr(combine, _OVER_ALL_LEAVES, False):
+    _shards.refuse(f"combine={combine!r}", link.param_specs, "its norm")
 
   def update_fn(updates, state, params=None, **extra_args):
     perturbed, state = link.update(updates, state, params, **extra_args)
@@ -73,7 +79,13 @@ def combined(
     )
     return result, state
 
-  return _two_passes.Link.over(link.axis_name, link.init, update_fn)
+  return _two_passes.Link.over(
+      link.axis_name, link.param_specs, link.init, update_fn
+  )
+
+
+# The attribute of a combination with sums over all leaves.
+_OVER_ALL_LEAVES = "over_all_leaves"
 
 
 def surrogate_gap(
@@ -123,6 +135,7 @@ def surrogate_gap(
         perturbed, orthogonal,
     )
 
+  setattr(combine, _OVER_ALL_LEAVES, True)
   return combine
 
 
@@ -165,6 +178,9 @@ def renormalized(clean: optax.Updates, perturbed: optax.Updates) -> optax.Update
   return _trees.map_floats(
       lambda h: (_trees.f32(h) * factor).astype(h.dtype), perturbed
   )
+
+
+setattr(renormalized, _OVER_ALL_LEAVES, True)
 
 
 class SubtractEmaState(NamedTuple):
@@ -318,4 +334,5 @@ def iterated(
     epsilon, new_state = ascend(updates)
     return lax.fori_loop(1, steps, body, epsilon), new_state
 
-  return optax.GradientTransformationExtraArgs(ascent_tx.init, update_fn)
+  param_specs = getattr(ascent_tx, "param_specs", None)
+  return _shards.Ascent.over(param_specs, ascent_tx.init, update_fn)

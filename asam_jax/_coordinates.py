@@ -17,6 +17,7 @@ import optax
 
 from asam_jax import _arguments
 from asam_jax import _ascent
+from asam_jax import _shards
 from asam_jax._geometry import Geometry
 from asam_jax._geometry import sum_dtype
 
@@ -38,6 +39,7 @@ class Coordinates:
   def build(cls, params: Any, geometry: Geometry) -> "Coordinates":
     _arguments.arrays("params", params)
     _arguments.instance("geometry", geometry, Geometry)
+    _shards.refuse("a measure", geometry.param_specs, "what it draws and sums up")
     eta = _arguments.fixed_scalar("eta", geometry.eta)
     rules = geometry.rules(params)
     dtype = sum_dtype(rules)

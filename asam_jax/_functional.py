@@ -25,6 +25,7 @@ def functional_value_and_grad(
     normalization: _g.Normalization = "elementwise",
     normalize: _g.LeafSelection | None = None,
     perturb: _g.LeafSelection | None = None,
+    param_specs: Any = None,
     ascent: optax.GradientTransformation | None = None,
     accumulate: _door.Accumulate = None,
     axis_name: Any = None,
@@ -66,6 +67,7 @@ def functional_value_and_grad(
     normalization: the operator T_w; see :func:`asam_jax.ascent`.
     normalize: the leaves that get T_w; see :func:`value_and_grad`.
     perturb: the leaves that are perturbed at all; likewise.
+    param_specs: for parameters that are sharded by hand; see :func:`value_and_grad`.
     ascent: an ascent chain in place of the closed form; see :func:`value_and_grad`.
       Gradients on its way, as of ``iterated``, are those of the whole loss.
     accumulate: for a batch that does not fit: the number of rows of a microbatch, or a
@@ -100,7 +102,7 @@ def functional_value_and_grad(
     SAM <https://arxiv.org/abs/2502.02407>`_, 2025
   """
   door = _door.Door(
-      _g.Geometry(eta, p, normalization, normalize, perturb),
+      _g.Geometry(eta, p, normalization, normalize, perturb, param_specs),
       rho, ascent, axis_name, average_ascent, with_info,
   )
   _arguments.function("model", model, "with the outputs that loss is given")

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from asam_jax import _arguments
+from asam_jax import _shards
 from asam_jax import _trees
 
 Operator: TypeAlias = Callable[[jax.Array, Any], Any]
@@ -140,16 +141,21 @@ def _check_leaf(w: Any, eta: Any) -> None:
   _arguments.scalar("eta", eta)
 
 
-def _root_of_squares(w: jax.Array, axes: Any) -> jax.Array:
+def _root_of_squares(w: jax.Array, axes: Any, shards: Any = ()) -> jax.Array:
   """||w||_2 along the axes, with slope 0 where it is zero in place of NaN.
 
   It is taken relative to the largest entry, for squares leave the range early. The
-  result does not depend on that unit, nor do its derivatives.
+  result does not depend on that unit, nor do its derivatives. ``shards`` are the mesh
+  axes that split w along these axes.
   """
   keepdims = axes is not None
   peak = jnp.max(jnp.abs(w), axis=axes, keepdims=keepdims, initial=0)
+  if shards:
+    peak = _shards.largest(peak, shards)
   unit = jax.lax.stop_gradient(jnp.where(peak == 0, 1, peak))
   squares = jnp.sum(jnp.square(w / unit), axis=axes, keepdims=keepdims)
+  if shards:
+    squares = jax.lax.psum(squares, shards)
   root = jnp.sqrt(jnp.where(squares == 0, 1, squares))
   return jnp.where(squares == 0, 0, unit * root)
 
@@ -200,6 +206,24 @@ def _cached_partial(function: Any, args: Any, *keywords: Any) -> Operator:
   return functools.partial(function, *args, **dict(keywords))
 
 
+def _of_shard(operator: Operator, split: _shards.Split) -> Operator:
+  """The operator for a shard of a leaf: norms are over the whole leaf or filter."""
+  name = built_in(operator)
+
+  def of_shard(w: jax.Array, eta: Any) -> Any:
+    axis = None
+    if name == "filterwise":
+      keywords = getattr(operator, "keywords", {})
+      axis = filter_axis_of(keywords.get("filter_axis", -1), jnp.ndim(w))
+    if name != "layerwise" and axis is None:
+      return operator(w, eta)
+    axes = None if axis is None else tuple(i for i in range(w.ndim) if i != axis)
+    crossed = tuple(names for i, names in enumerate(split) if i != axis)
+    return _root_of_squares(w, axes, _shards.axes_of(crossed)) + eta
+
+  return of_shard
+
+
 class LeafRule(NamedTuple):
   """What happens to one leaf: its T_w, and whether it is perturbed at all."""
 
@@ -207,12 +231,14 @@ class LeafRule(NamedTuple):
   leaf: Any
   operator: Operator
   perturbed: bool
+  split: _shards.Split = ()  # by hand, inside shard_map
 
   def factor(self, w: jax.Array, eta: Any) -> jax.Array:
     """The diagonal of T_w, in w's dtype and a shape that broadcasts to w's."""
     if self.operator is none:
       return jnp.ones((), w.dtype)
-    t = self.operator(w, eta)
+    operator = _of_shard(self.operator, self.split) if self.split else self.operator
+    t = operator(w, eta)
     shape, dtype = getattr(t, "shape", ()), getattr(t, "dtype", type(t))
     try:
       fits = np.broadcast_shapes(shape, w.shape) == w.shape
@@ -251,12 +277,18 @@ class Geometry:
       perturbed under the same norm. By default every leaf but biases
       (:func:`asam_jax.is_not_bias`).
     perturb: the leaves that are perturbed at all, given likewise; by default all.
+    param_specs: for parameters that are sharded by hand inside ``shard_map`` (FSDP,
+      tensor parallel), the PartitionSpecs that ``shard_map`` got as their in_specs:
+      one for all leaves, or a pytree of them. Norms are then over all shards, and what
+      the devices have copies of counts once. By default each device's parameters are
+      whole, and under ``jit`` with sharded arrays nothing need be told.
 
   Raises:
     ValueError: if eta is negative or not finite, p is below 1, or the operator is
       unknown.
-    TypeError: if eta is not one real number or a schedule, p is no Python number, or
-      normalization is neither a name nor a function.
+    TypeError: if eta is not one real number or a schedule, p is no Python number,
+      normalization is neither a name nor a function, or param_specs is no pytree of
+      PartitionSpecs.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -277,10 +309,13 @@ class Geometry:
   normalization: Normalization = "elementwise"
   normalize: LeafSelection | None = None
   perturb: LeafSelection | None = None
+  param_specs: Any = None
 
   def __post_init__(self):
     _arguments.scalar_or_schedule("eta", self.eta)
     _arguments.exponent(self.p)
+    if self.param_specs is not None:
+      _shards.check_specs(self.param_specs)
     self.is_built_in  # noqa: B018  (for the operator's errors)
 
   @functools.cached_property
@@ -307,12 +342,16 @@ class Geometry:
 
   def rules(self, params: optax.Params) -> list[LeafRule]:
     """The rule of every leaf, in the order of ``jax.tree.leaves``, checked."""
-    return [
+    rules = [
         LeafRule(path, leaf, self._operator if normalized else none, perturbed)
         for path, leaf, normalized, perturbed in _arguments.leaves(
             params, normalize=self.normalize, perturb=self.perturb
         )
     ]
+    if self.param_specs is None:
+      return rules
+    splits = _shards.splits(self.param_specs, params)
+    return [r._replace(split=s) for r, s in zip(rules, splits, strict=True)]
 
   def norm(self, epsilon: Any, params: optax.Params) -> jax.Array:
     r"""The length of a perturbation, :math:`\|T_w^{-1}\epsilon\|_p`.
@@ -336,7 +375,7 @@ class Geometry:
     for e, w, t in self._triples(epsilon, params):
       e = e.astype(w.dtype)
       scaled.append(jnp.where(e == 0, 0, e / jnp.where(e == 0, 1, t)))
-    return _trees.norm(scaled, self.p)
+    return self._norm(scaled, self.p, params)
 
   def dual_norm(self, grads: Any, params: optax.Params) -> jax.Array:
     r"""The length of a gradient, :math:`\|T_w g\|_q` with 1/p + 1/q = 1.
@@ -356,7 +395,12 @@ class Geometry:
     """
     _arguments.tree_like("grads", grads, params)
     scaled = [t * g.astype(w.dtype) for g, w, t in self._triples(grads, params)]
-    return _trees.norm(scaled, self.q)
+    return self._norm(scaled, self.q, params)
+
+  def _norm(self, scaled: list[jax.Array], p: float, params: optax.Params) -> jax.Array:
+    rules = [rule for rule in self.rules(params) if rule.perturbed]
+    shards = _shards.shards_of(self.param_specs, rules)
+    return _trees.norm(scaled, p) if shards is None else shards.norm(scaled, p)
 
   def _triples(self, tree: Any, params: optax.Params):
     """(leaf of the tree, w, T) for each perturbed leaf, w in the dtype of sums."""

@@ -1,7 +1,7 @@
 """One perturbation per m examples, however many devices share them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -52,10 +52,18 @@ def _check_rows(m: int, batch: Any, others: Any) -> None:
       )
 
 
+class First(NamedTuple):
+  """What is no result but goes along with one: the first group's stands for all."""
+
+  value: Any
+
+
 def _mean(results: Any) -> Any:
   """The results of all groups as one: floats averaged, integers added up."""
 
   def of_groups(x):
+    if isinstance(x, First):
+      return jax.tree.map(lambda leaf: leaf[0], x.value)
     if jnp.issubdtype(x.dtype, jnp.integer):
       return jnp.sum(x, 0)
     if not _arguments.is_float(x):
@@ -66,7 +74,7 @@ def _mean(results: Any) -> Any:
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.mean(x, 0, dtype=wide).astype(x.dtype)
 
-  return jax.tree.map(of_groups, results)
+  return jax.tree.map(of_groups, results, is_leaf=lambda x: isinstance(x, First))
 
 
 def each(
@@ -75,18 +83,18 @@ def each(
     args: Any,
     kwargs: Any,
     place: int,
-    argnums: tuple[int, ...],
+    params: Any,
+    others: Any,
     axis_name: Any,
 ) -> tuple[Any, ...]:
   """The mean of ``step(args, kwargs) -> (result, grads, ...)`` over all groups.
 
-  ``place`` is the batch's, ``argnums`` are those of what is differentiated. The
-  gradient and the info are averaged over the devices of ``axis_name`` as well.
+  ``place`` is the batch's; ``params`` are what is differentiated, and ``others`` what
+  must not have its rows. The gradient and the info are averaged over the devices of
+  ``axis_name`` as well.
   """
   (batch,) = _microbatched.chosen(args, (place,))
-  taken = {place, *(number % len(args) for number in argnums)}
-  _check_rows(m, batch, ([None if i in taken else x for i, x in enumerate(args)],
-                         kwargs))
+  _check_rows(m, batch, others)
 
   def of_all(args, kwargs):
     batch = args[place]
@@ -98,7 +106,6 @@ def each(
     return _mean(jax.vmap(of_group)(groups))
 
   if any(map(_is_explicit, jax.tree.leaves(batch))):
-    params = [args[number] for number in argnums]
     of_all = _left_to_the_compiler(of_all, params)
   result, grads, *rest = of_all(args, kwargs)  # a radius rule's state, an info
   info = [one for one in rest if hasattr(one, "nonfinite_steps")]

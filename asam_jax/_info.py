@@ -11,6 +11,7 @@ from asam_jax import _arguments
 from asam_jax import _ascent
 from asam_jax import _geometry as _g
 from asam_jax import _mesh
+from asam_jax import _shards
 from asam_jax import _trees
 
 
@@ -104,7 +105,9 @@ def measured(
   clean, perturbed = passes.clean.grads, passes.perturbed.grads
   # One plain sum each: every further pass over a gradient would be a twentieth of all
   # that a small network's step reads.
-  length, other = (jnp.sqrt(_trees.dot(g, g)) for g in (clean, perturbed))
+  shards = _shards.shards_of(geometry.param_specs, geometry.rules(passes.params))
+  dot = shards.dot if shards else _trees.dot
+  length, other = (jnp.sqrt(dot(g, g)) for g in (clean, perturbed))
   if plain and not _is_coarse(geometry, passes.params):  # nothing is lost to rounding
     moved = dual_norm != 0
     radius = jnp.where(moved, sharpness / jnp.where(moved, dual_norm, 1), 0)
@@ -112,7 +115,7 @@ def measured(
   else:
     moves = _moves(geometry, passes.params, passes.point)
     radius = geometry.norm(moves, passes.params)
-    kept_share = _ratio(_trees.dot(clean, moves), sharpness, where_zero=1)
+    kept_share = _ratio(dot(clean, moves), sharpness, where_zero=1)
   value, perturbed_value = passes.clean.value, passes.perturbed.value
   gap = perturbed_value - value
   return AscentInfo(
@@ -124,7 +127,7 @@ def measured(
       rise=_root(perturbed_value) - _root(value),
       gradient_norm=length,
       normalized_gradient_norm=dual_norm,
-      cosine=_cosine(passes, length, other, axis_name),
+      cosine=_cosine(dot, passes, length, other, axis_name),
       radius=radius,
       kept_share=kept_share,
       nonfinite_steps=jnp.where(jnp.isfinite(length + other), 0, 1).astype(
@@ -133,14 +136,16 @@ def measured(
   )
 
 
-def _cosine(passes: Any, length: Any, other: Any, axis_name: Any) -> jax.Array:
+def _cosine(
+    dot: Any, passes: Any, length: Any, other: Any, axis_name: Any
+) -> jax.Array:
   """Of the clean and the perturbed gradient, both averaged or both a device's own."""
   clean = passes.clean.grads
-  own = _ratio(_ratio(_trees.dot(clean, passes.perturbed.grads), length), other)
+  own = _ratio(_ratio(dot(clean, passes.perturbed.grads), length), other)
   if axis_name is None:
     return own
-  averaged = jnp.sqrt(_trees.dot(passes.grads, passes.grads))
-  common = _ratio(_ratio(_trees.dot(clean, passes.grads), length), averaged)
+  averaged = jnp.sqrt(dot(passes.grads, passes.grads))
+  common = _ratio(_ratio(dot(clean, passes.grads), length), averaged)
   if passes.common:
     return common
   # Where nothing checks it, an averaged gradient may come in.

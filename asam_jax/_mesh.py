@@ -9,20 +9,12 @@ import jax.numpy as jnp
 
 from asam_jax import _arguments
 from asam_jax import _ascent
+from asam_jax._shards import varying
 
 
 def axes_of(axis_name: Any) -> tuple[Any, ...]:
   """The names of one mesh axis or several."""
   return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
-
-
-def varying(x: Any) -> frozenset[Any]:
-  """The mesh axes over which a checked ``shard_map`` sees x differ."""
-  if not hasattr(jax, "typeof"):
-    return frozenset()
-  kind = jax.typeof(x)  # JAX 0.6 to 0.9 say `vma`, later ones `mat.varying`
-  kind = getattr(kind, "mat", kind)
-  return frozenset(getattr(kind, "varying", getattr(kind, "vma", ())))
 
 
 def own(tree: Any, axis_name: Any) -> Any:
@@ -61,20 +53,6 @@ def check_own(grads: Any, axis_name: Any) -> None:
             f" jax.grad(loss)({cast}, batch), or take asam_jax.value_and_grad, which"
             " does so. For one ascent for all devices give average_ascent=True."
         )
-
-
-def check_whole(params: Any, axis_name: Any) -> None:
-  """Raises if the type tells that a parameter is a shard, whose norm is not its own."""
-  for path, leaf in jtu.tree_leaves_with_path(params):
-    others = varying(leaf) - set(axes_of(axis_name))
-    if others:
-      raise ValueError(
-          f"params{jtu.keystr(path)} differs over {sorted(others, key=str)}, which"
-          f" axis_name={axis_name!r} does not name: of parameters that are sharded by"
-          " hand, each device would take the norm of its shard alone. Shard them under"
-          " jit, without shard_map; or gather them before the step; or name the axis"
-          " in axis_name where devices share the parameters."
-      )
 
 
 def mean(tree: Any, axis_name: Any) -> Any:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from asam_jax import _info
+from asam_jax import _mesh
+from asam_jax import _shards
 from asam_jax import _trees
 from asam_jax import _two_passes
 
@@ -52,7 +54,8 @@ def skip_nonfinite(
     link: what maps the gradient at w to the one at w + epsilon, such as
       ``perturbed_gradient(ascent(...))``.
     axis_name: for ``pmap`` and ``shard_map``, the mesh axis (or axes) over which the
-      devices agree to skip; by default the link's.
+      devices agree to skip; by default the link's. Those over which ``param_specs``
+      say that parameters are sharded come in addition.
 
   Returns:
     An ``optax.GradientTransformationExtraArgs`` with state
@@ -75,6 +78,8 @@ def skip_nonfinite(
   """
   base_tx, link = _two_passes.base(base_tx), _two_passes.link(link)
   axis_name = link.axis_name if axis_name is None else axis_name
+  axes = () if axis_name is None else _mesh.axes_of(axis_name)
+  axes = tuple(dict.fromkeys([*axes, *_shards.axes_in(link.param_specs)]))
 
   def init_fn(params):
     return SkipNonfiniteState(
@@ -86,8 +91,8 @@ def skip_nonfinite(
   def update_fn(updates, state, params=None, **extra_args):
     grads, link_state = link.update(updates, state.link, params, **extra_args)
     finite = _trees.all_finite((updates, grads))
-    if axis_name is not None:
-      finite = lax.pmin(finite.astype(jnp.int32), axis_name) == 1
+    if axes:
+      finite = lax.pmin(finite.astype(jnp.int32), axes) == 1
     # base_tx gets zeros in place of a NaN: some search until they are content.
     grads = _select(finite, grads, jax.tree.map(jnp.zeros_like, grads))
     steps, base_state = base_tx.update(grads, state.base, params, **extra_args)

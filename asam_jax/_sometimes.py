@@ -12,6 +12,7 @@ import optax
 from asam_jax import _arguments
 from asam_jax import _gates
 from asam_jax import _mesh
+from asam_jax import _shards
 from asam_jax import _trees
 from asam_jax import _two_passes
 
@@ -87,7 +88,8 @@ def sometimes(
   Raises:
     TypeError: if ``when`` is no function and no Gate, or does not decide by a
       scalar bool.
-    ValueError: if reuse is negative, or (in ``update``) without params.
+    ValueError: if reuse is negative, or (in ``update``) without params; for reuse or a
+      Gate around an ascent with ``param_specs``.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
@@ -116,6 +118,9 @@ def sometimes(
   for part, name in zip(gate, gate._fields, strict=True):
     _arguments.function(f"when.{name}", part, "as that of a Gate")
   link = _two_passes.link(link)
+  if reuse or isinstance(when, _gates.Gate):
+    what = "reuse" if reuse else "a Gate"
+    _shards.refuse(what, link.param_specs, "the gradient's norm or projection")
   # The mean over the devices is wanted at every step, or else at skipped ones only.
   always = bool(reuse) or isinstance(when, _gates.Gate)
 
@@ -155,7 +160,7 @@ def sometimes(
       grads, *rest = lax.cond(_scalar_bool(chosen), perturbed, skipped)
     return grads, SometimesState(gate_state, *rest)
 
-  return _two_passes.Link.over(link.axis_name, init_fn, update_fn)
+  return _two_passes.Link.over(link.axis_name, link.param_specs, init_fn, update_fn)
 
 
 def _scalar_bool(decision: Any) -> jax.Array:

@@ -1,6 +1,7 @@
 """Arithmetic on pytrees, over all their leaves, in float32 at least."""
 
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any
 
@@ -85,3 +86,17 @@ def all_finite(tree: Any) -> jax.Array:
   """Whether no float in the tree is NaN or inf."""
   finite = [jnp.all(jnp.isfinite(x)) for x in floats(tree)]
   return jnp.stack([jnp.array(True), *finite]).all()
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def power(x: jax.Array, exponent: float) -> jax.Array:
+  """The power of x >= 0; its derivatives at 0 are 0, where they may be inf."""
+  if exponent > 0:
+    return x**exponent
+  return jnp.where(x == 0, 0, jnp.where(x == 0, 1, x) ** exponent)
+
+
+@power.defjvp
+def _power_jvp(exponent, primals, tangents):
+  (x,), (dx,) = primals, tangents
+  return power(x, exponent), exponent * power(x, exponent - 1) * dx

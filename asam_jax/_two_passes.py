@@ -19,15 +19,16 @@ class Link(optax.GradientTransformationExtraArgs):
   """A transformation from the gradient at w to the one to descend along.
 
   ``axis_name`` is the mesh axis over which it averages, for links around it, which
-  have a use for the gradient at w.
+  have a use for the gradient at w; ``param_specs`` tells of shards, if any.
   """
 
   axis_name: Any = None
+  param_specs: Any = None
 
   @classmethod
-  def over(cls, axis_name: Any, init: Any, update: Any) -> "Link":
+  def over(cls, axis_name: Any, param_specs: Any, init: Any, update: Any) -> "Link":
     link = cls(init, update)
-    link.axis_name = axis_name
+    link.axis_name, link.param_specs = axis_name, param_specs
     return link
 
 
@@ -88,7 +89,7 @@ def two_passes(
   ``at_perturbed(point, clean)``.
   """
   if axis_name is not None:
-    _mesh.check_whole(params, axis_name)
+    extra_args = {**(extra_args or {}), "axis_name": axis_name}
     at_own = evaluate
     evaluate = lambda point: at_own(_mesh.own(point, axis_name))  # noqa: E731
   ascend_along = (lambda g: _mesh.mean(g, axis_name)) if average_ascent else lambda g: g
@@ -218,6 +219,7 @@ def link_of(
   """``perturbed_gradient``; ``plain`` if ascent_tx is the closed form in ``info``."""
   averaging(axis_name, average_ascent)
   ascent_tx = ascent_chain(ascent_tx)
+  param_specs = getattr(ascent_tx, "param_specs", None)
   if info is not None and not isinstance(info, _g.Geometry):
     raise TypeError(f"info={info!r} must be an asam_jax.Geometry or None.")
 
@@ -276,7 +278,7 @@ def link_of(
       kept = kept._replace(info=_info.next_info(state.info, kept.info))
     return passes.grads, kept
 
-  return Link.over(axis_name, init_fn, update_fn)
+  return Link.over(axis_name, param_specs, init_fn, update_fn)
 
 
 def averaging(axis_name: Any, average_ascent: bool) -> None:

@@ -37,6 +37,7 @@ def value_and_grad(
     normalization: _g.Normalization = "elementwise",
     normalize: _g.LeafSelection | None = None,
     perturb: _g.LeafSelection | None = None,
+    param_specs: Any = None,
     ascent: optax.GradientTransformation | None = None,
     accumulate: Accumulate = None,
     axis_name: Any = None,
@@ -75,6 +76,8 @@ def value_and_grad(
     normalize: the leaves that get T_w; see :func:`asam_jax.ascent`. Where argnums
       is a sequence, the selection is over the tuple of these arguments.
     perturb: the leaves that are perturbed at all; likewise.
+    param_specs: for parameters that are sharded by hand inside ``shard_map``; see
+      :func:`asam_jax.ascent`. Where argnums is a sequence, of the tuple likewise.
     ascent: an ascent chain in place of the closed form, such as ``iterated(ascent(0.5),
       3)``, or ``optax.chain(ascent(0.05), stochastic_rounding(key))`` with a new key
       at each step. It has its own rho and geometry, and must keep no state between
@@ -130,7 +133,7 @@ def value_and_grad(
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
   """
   door = Door(
-      _g.Geometry(eta, p, normalization, normalize, perturb),
+      _g.Geometry(eta, p, normalization, normalize, perturb, param_specs),
       rho, ascent, axis_name, average_ascent, with_info,
   )
   _arguments.function("fun", fun, "with a scalar result")
@@ -164,8 +167,12 @@ def value_and_grad(
       own = _mesh.own(chosen(args, argnums), axis_name)
       args = tuple(with_chosen(args, argnums, own))
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    place = batch_argument(numbers)
+    params = _microbatched.chosen(args, numbers)
+    taken = {place, *(number % len(args) for number in numbers)}
+    others = [None if i in taken else x for i, x in enumerate(args)], kwargs
     results = _groups.each(
-        step_at, m_sharpness, args, kwargs, batch_argument(numbers), numbers, axis_name
+        step_at, m_sharpness, args, kwargs, place, params, others, axis_name
     )
     _two_passes.mark_perturbed(results[1])
     return results

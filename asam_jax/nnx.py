@@ -8,6 +8,7 @@ streams are those of one clean pass, and both passes draw the same dropout masks
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,6 +17,7 @@ import optax
 
 from asam_jax import _arguments
 from asam_jax import _geometry as _g
+from asam_jax import _groups
 from asam_jax import _interop
 from asam_jax import _mesh
 from asam_jax import _microbatched
@@ -24,6 +26,8 @@ from asam_jax import _value_and_grad as _door
 
 _interop.require("nnx", "flax")
 from flax import nnx  # noqa: E402  (after the error that names the extra)
+
+from asam_jax import _nnx_groups  # noqa: E402
 
 __all__ = ["grad", "grad_fn", "microbatched", "value_and_grad", "value_fn"]
 
@@ -42,10 +46,12 @@ def value_and_grad(
     normalization: _g.Normalization = "elementwise",
     normalize: _g.LeafSelection | None = None,
     perturb: _g.LeafSelection | None = None,
+    param_specs: Any = None,
     ascent: optax.GradientTransformation | None = None,
     accumulate: _door.Accumulate = None,
     axis_name: Any = None,
     average_ascent: bool = False,
+    m_sharpness: int | None = None,
     with_info: bool = False,
 ) -> Callable[..., Any]:
   r"""``nnx.value_and_grad``, but the gradient is taken at w + epsilon.
@@ -77,6 +83,7 @@ def value_and_grad(
     normalize: the leaves that get T_w; see :func:`asam_jax.ascent`. Paths and bools
       are over ``nnx.as_pure(nnx.state(module, nnx.Param))``.
     perturb: the leaves that are perturbed at all; likewise.
+    param_specs: for parameters that are sharded by hand; see :func:`asam_jax.ascent`.
     ascent: an ascent chain without state between steps in place of the closed form;
       see :func:`asam_jax.value_and_grad`.
     accumulate: the number of rows of a microbatch, for a batch that does not fit: the
@@ -85,6 +92,8 @@ def value_and_grad(
       ``lambda f: asam_jax.nnx.microbatched(f, 32, argnums=(1, 2))``.
     axis_name: see :func:`asam_jax.value_and_grad`.
     average_ascent: see :func:`asam_jax.value_and_grad`.
+    m_sharpness: see :func:`asam_jax.value_and_grad`. What the groups' passes leave in
+      the modules is averaged; what is no float (random counts) is the first group's.
     with_info: whether to return an :class:`asam_jax.AscentInfo` as well.
 
   Returns:
@@ -115,7 +124,7 @@ def value_and_grad(
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
   """
   door = _door.Door(
-      _g.Geometry(eta, p, normalization, normalize, perturb),
+      _g.Geometry(eta, p, normalization, normalize, perturb, param_specs),
       rho, ascent, axis_name, average_ascent, with_info,
   )
   _arguments.function("fun", fun, "of modules and other arguments")
@@ -123,18 +132,19 @@ def value_and_grad(
   _arguments.flag("has_aux", has_aux)
   checked = _arguments.real_valued("fun(...)", fun, has_aux)
   passes = nnx.value_and_grad(checked, argnums=argnums, has_aux=has_aux)
+  if m_sharpness is not None:
+    m_sharpness = _groups.check(m_sharpness, accumulate, average_ascent)
+    door = dataclasses.replace(door, axis_name=None)
   if accumulate is not None:
     passes = _door.accumulated(passes, accumulate, place, microbatched)
 
-  @functools.wraps(fun)
-  def wrapped(*args: Any, **kwargs: Any) -> Any:
+  def step(args, kwargs, radius):
     params = _params(args, place, wrt)
-    radius = door.radius_in(kwargs)
     start = nnx.clone((args, kwargs))  # before the clean pass advances anything
-    if axis_name is None:
+    if door.axis_name is None:
       result, form = passes(*args, **kwargs)
     else:
-      nnx.update(args[place], _mesh.own(params, axis_name))
+      nnx.update(args[place], _mesh.own(params, door.axis_name))
       result, form = passes(*args, **kwargs)
       nnx.update(args[place], params)
 
@@ -147,11 +157,25 @@ def value_and_grad(
       nnx.update(args[place], point)
       return at(*passes(*args, **kwargs))
 
-    result, grads, *rest = door.passes(
-        evaluate, params, at(result, form), radius=radius
-    )
+    clean = at(result, form)
+    result, grads, *rest = door.passes(evaluate, params, clean, radius=radius)
     nnx.update(form, grads)
     return result, form, *rest
+
+  @functools.wraps(fun)
+  def wrapped(*args: Any, **kwargs: Any) -> Any:
+    step_at = functools.partial(step, radius=door.radius_in(kwargs))
+    if m_sharpness is None:
+      return step_at(args, kwargs)
+    params, at = _params(args, place, wrt), _door.batch_argument(place)
+    if axis_name is not None:
+      nnx.update(args[place], _mesh.own(params, axis_name))
+    results = _nnx_groups.each(
+        step_at, m_sharpness, args, kwargs, at, params, axis_name
+    )
+    nnx.update(args[place], params)
+    _two_passes.mark_perturbed(results[1])
+    return results
 
   setattr(wrapped, _two_passes.PERTURBED, True)
   return wrapped

@@ -95,8 +95,8 @@ def test_exchanges_of_one_integer(page):
   assert found.scalars <= 2  # the loss among them
 
 
-@pytest.mark.parametrize("suffix", ["jit", "map"])
-def test_microbatches(page, suffix):
+@pytest.mark.parametrize("suffix", ["jit", "map", "tensor"])
+def test_one_perturbation_for_the_batch(page, suffix):
   expected = asam_jax.value_and_grad(page["loss"], rho=0.5)(
       page["start"], page["examples"])
   close((page[f"value_{suffix}"], page[f"grads_{suffix}"]), expected)
