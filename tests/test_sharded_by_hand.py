@@ -164,11 +164,13 @@ def function_door(**geometry):
     def step(params, state, batch):
       _, grads, info = door(params, batch)
       updates, (momentum, _) = base().update(grads, (state[0], ()))
-      info = info._replace(**dict.fromkeys(["value", "perturbed_value", "gap"], 0.0))
+      # The losses are a device's share of the loss.
+      of_losses = ["value", "perturbed_value", "gap", "linearity", "rise"]
+      info = info._replace(**dict.fromkeys(of_losses, 0.0))
       return optax.apply_updates(params, updates), (momentum, info)
 
     def init(params):
-      zeros = asam_jax.AscentInfo(*[jnp.zeros(())] * 10)
+      zeros = asam_jax.AscentInfo(*[jnp.zeros(())] * len(asam_jax.AscentInfo._fields))
       zeros = zeros._replace(nonfinite_steps=jnp.zeros((), jnp.int32))
       return base().init(params)[0], zeros
 
