@@ -3,6 +3,10 @@
     python -m benchmarks.pod --results runs/pod.jsonl
     python -m benchmarks.scale --costs runs/pod.jsonl
 
+or, as for what is under ``results/scale``:
+
+    python -m benchmarks.scale --costs results/pod/*.jsonl --folder results/scale
+
 From the compiled programs of ``benchmarks.pod`` and the published speed of the chip: no
 time is measured. Says what is assumed, and for SGD, ASAM with one perturbation for all
 chips, ASAM with one per chip and Momentum-SAM how long a step takes, how that compares
@@ -19,11 +23,13 @@ from collections.abc import Sequence
 import json
 import os
 import pathlib
+import sys
 from typing import Any
 
 from benchmarks.pod import scaling
 
 SIZES = [2**i for i in range(11)]
+IN_TABLE = (1, 4, 16, 64, 256, 1024)
 METHODS = ("SGD", "adaptive_sam", "adaptive_sam, per device", "momentum_sam")
 
 
@@ -35,22 +41,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
       formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--costs", type=pathlib.Path, default=pathlib.Path("runs/pod.jsonl"))
-  add("--results", type=pathlib.Path, default=pathlib.Path("runs/scale.jsonl"))
-  add("--plot", type=pathlib.Path, default=pathlib.Path("runs/scale.png"))
+  costs, folder = pathlib.Path("runs/pod.jsonl"), pathlib.Path("runs/scale")
+  add("--costs", type=pathlib.Path, nargs="+", default=[costs], help="of a pod")
+  add("--folder", type=pathlib.Path, default=folder, help="for rows, table and picture")
   add("--check", action="store_true", help="against this machine's CPU devices")
   add("--devices", type=int, default=4, help="of the check")
   add("--repeats", type=int, default=21, help="of the check")
   return parser.parse_args(arguments)
 
 
-def read(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+def read(paths: Sequence[pathlib.Path]) -> dict[str, list[dict[str, Any]]]:
   """The rows of each network; of the transformer's, those of the whole one."""
-  if not path.exists():
-    raise FileNotFoundError(
-        f"--costs {path} does not exist: python -m benchmarks.pod --results {path}"
-    )
-  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  rows = []
+  for path in paths:
+    if not path.exists():
+      raise FileNotFoundError(
+          f"--costs {path} does not exist: python -m benchmarks.pod --results {path}"
+      )
+    rows += [json.loads(line) for line in path.read_text().splitlines()]
   parts: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
     whole = "layers" not in row or "extrapolated_from" in row
@@ -65,6 +73,8 @@ def table(rows: Sequence[dict[str, Any]], notes: str) -> str:
   header += ["/ SGD exposed", "/ SGD hidden", "efficiency exposed", "hidden"]
   lines = [header, ["---", *["---:"] * (len(header) - 1)]]
   for row in rows:
+    if row["chips"] not in IN_TABLE:
+      continue
     ratios = [row["ratio_exposed"], row["ratio_hidden"]]
     lines.append([
         row["method"],
@@ -116,36 +126,39 @@ def plot(parts: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
       axis.set_xticks(SIZES, [str(size) for size in SIZES])
       axis.minorticks_off()
   grid[0, 0].legend(fontsize=8, title="solid: exposed, dashed: hidden")
-  path.parent.mkdir(parents=True, exist_ok=True)
   picture.savefig(path, dpi=120)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   """Predicts, prints, draws and writes; returns the rows."""
   options = parse(arguments)
+  options.folder.mkdir(parents=True, exist_ok=True)
   if options.check:
     flags = f"--xla_force_host_platform_device_count={options.devices}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     from benchmarks.pod import check  # starts JAX, with these devices
 
     results = check.measure(options.devices, options.repeats)
-    print(check.table(results))
+    text, name = check.table(results), "check"
   else:
-    chip = scaling.V5E
+    chip, name = scaling.V5E, "scale"
     assumptions = scaling.ASSUMPTIONS.format(
         slice_=chip.slice_, network=chip.network / 1e9
     )
-    print(f"{chip}\n\n{assumptions}")
-    parts, results = {}, []
+    parts, results, tables = {}, [], []
     for part, rows in read(options.costs).items():
       parts[part] = scaling.predictions(rows, SIZES, chip)
-      print(f"\n{table(parts[part], notes_of(rows))}")
+      tables.append(table(parts[part], notes_of(rows)))
       results += parts[part]
-    plot(parts, options.plot)
-    print(f"\ndrawn in {options.plot}")
-  options.results.parent.mkdir(parents=True, exist_ok=True)
-  options.results.write_text("".join(json.dumps(row) + "\n" for row in results))
-  print(f"written to {options.results}")
+    given = " ".join(map(str, sys.argv[1:] if arguments is None else arguments))
+    heading = f"Predicted, not measured, by `python -m benchmarks.scale {given}` for"
+    text = "\n\n".join([f"{heading}\n`{chip}`", assumptions, *tables])
+    plot(parts, options.folder / "scale.png")
+  print(text)
+  (options.folder / f"{name}.md").write_text(f"{text}\n")
+  rows = "".join(json.dumps(row) + "\n" for row in results)
+  (options.folder / f"{name}.jsonl").write_text(rows)
+  print(f"\nwritten to {options.folder}")
   return results
 
 

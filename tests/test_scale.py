@@ -77,15 +77,19 @@ def test_command_writes_table_and_picture(tmp_path, capsys):
   rows += [row() | part, row() | {"part": "transformer", "layers": 1}]
   lines = [{"command": []}, *rows, row("LookSAM, other steps")]
   costs.write_text("".join(json.dumps(each) + "\n" for each in lines))
-  given = ["--costs", costs, "--results", tmp_path / "new" / "scale.jsonl"]
-  given += ["--plot", tmp_path / "pictures" / "scale.png"]
+  more = tmp_path / "more.jsonl"
+  more.write_text(json.dumps(row("SGD", chips=64)) + "\n")
+  given = ["--costs", costs, more, "--folder", tmp_path / "new" / "scale"]
   results = scale.main([str(each) for each in given])
   assert len(results) == len(scale.SIZES) * (len(scale.METHODS) + 1)
   printed = capsys.readouterr().out
   assert "Assumptions of the model" in printed
   assert "EXTRAPOLATED from 1 and 2" in printed
-  assert (tmp_path / "pictures" / "scale.png").stat().st_size > 10_000
-  written = (tmp_path / "new" / "scale.jsonl").read_text().splitlines()
+  assert "compiled for 4, 64 chips" in printed
+  folder = tmp_path / "new" / "scale"
+  assert (folder / "scale.png").stat().st_size > 10_000
+  assert (folder / "scale.md").read_text().strip() in printed
+  written = (folder / "scale.jsonl").read_text().splitlines()
   assert [json.loads(line) for line in written] == results
 
 
