@@ -15,6 +15,7 @@ import pytest
 
 import asam_jax
 from asam_jax import _ascent
+from asam_jax import _shards
 from tests import problems
 from tests.test_ascent import EXPONENTS
 from tests.test_ascent import random_tree
@@ -204,9 +205,10 @@ def test_first_is_that_of_the_flattened_array():
       hits = rng.random(shape) < chance
       expected = np.zeros(hits.size, bool)
       expected[np.flatnonzero(hits)[:1]] = True
-      np.testing.assert_array_equal(
-          _ascent._first(jnp.asarray(hits)), expected.reshape(shape)
-      )
+      first, indices = _shards.first(jnp.asarray(hits))
+      np.testing.assert_array_equal(first, expected.reshape(shape))
+      if hits.any():
+        assert tuple(map(int, indices)) == tuple(np.argwhere(hits)[0])
 
 
 # Compiled once.
