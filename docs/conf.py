@@ -1,0 +1,117 @@
+"""The site. Built strictly and offline: ``python -m tools.build_site``."""
+
+from pathlib import Path
+import shutil
+import sys
+
+from docutils import nodes
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE / "_ext")]
+
+from tools import home  # noqa: E402  (after the path)
+
+import asam_jax  # noqa: E402
+
+project = "asam_jax"
+author = "The asam_jax authors"
+copyright = author
+version = release = asam_jax.__version__
+
+extensions = [
+    "mathml",
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_design",
+]
+exclude_patterns = ["_ext"]
+# The pages on a radius and the results come and go with what there is to tell.
+suppress_warnings = ["toc.empty_glob"]
+
+# Pages.
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebooks' outputs are committed, and checked apart
+
+# API pages, from the docstrings.
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+autodoc_type_aliases = {
+    name: name
+    for name in (
+        "Accumulate",
+        "LeafSelection",
+        "Normalization",
+        "optax.GradientTransformation",
+        "optax.GradientTransformationExtraArgs",
+        "optax.OptState",
+        "optax.Params",
+        "optax.ScalarOrSchedule",
+        "optax.Updates",
+    )
+}
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+python_maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
+add_module_names = False
+
+html_theme = "sphinx_book_theme"
+html_title = "asam_jax"
+html_static_path = ["_static"]
+html_css_files = ["asam_jax.css"]
+html_math_renderer = "mathml"
+html_show_sourcelink = False
+html_copy_source = False
+html_theme_options = {
+    "home_page_in_toc": True,
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+}
+if home.url():
+  html_theme_options |= {"repository_url": home.url(), "use_repository_button": True}
+
+# Where names of other projects are described. No inventory is downloaded.
+_JAX = "https://docs.jax.dev/en/latest"
+_OPTAX = "https://optax.readthedocs.io/en/latest"
+_FLAX = "https://flax.readthedocs.io/en/latest"
+EXTERNAL = {
+    "jax": _JAX,
+    "jaxtyping": "https://docs.kidger.site/jaxtyping",
+    "flax": _FLAX,
+    "nnx": _FLAX,
+    "optax": _OPTAX,
+    "collections": "https://docs.python.org/3/library/collections.abc.html",
+    "typing": "https://docs.python.org/3/library/typing.html",
+}
+TYPES = {"Accumulate", "LeafSelection", "Normalization"}  # described in api/types
+
+
+def external(app, env, node, contnode):
+  """Names of other projects lead to their documentation, in place of a warning."""
+  del app, env
+  top = node["reftarget"].split(".")[0]
+  if top not in EXTERNAL:
+    return None
+  link = nodes.reference("", "", internal=False, refuri=EXTERNAL[top])
+  link += contnode
+  return link
+
+
+def copy_notebooks(app):
+  """Sphinx reads what lies under docs; the notebooks live with the examples."""
+  del app
+  target = HERE / "notebooks"
+  shutil.rmtree(target, ignore_errors=True)
+  target.mkdir()
+  for notebook in sorted((ROOT / "examples/notebooks").glob("*.ipynb")):
+    shutil.copy(notebook, target)
+
+
+def setup(app):
+  app.connect("builder-inited", copy_notebooks)
+  app.connect("missing-reference", external)
