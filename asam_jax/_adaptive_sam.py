@@ -1,5 +1,7 @@
 """ASAM and SAM: a link and a base optimizer in one."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import optax
@@ -10,6 +12,8 @@ from asam_jax import _geometry as _g
 from asam_jax import _interop
 from asam_jax import _radius
 from asam_jax import _two_passes
+from asam_jax._geometry import LeafSelection
+from asam_jax._geometry import Normalization
 
 
 @_interop.keeps("normalization", "normalize", "perturb", "param_specs")
@@ -19,9 +23,9 @@ def adaptive_sam(
     eta: optax.ScalarOrSchedule = 0.01,
     p: float = 2,
     *,
-    normalization: _g.Normalization = "elementwise",
-    normalize: _g.LeafSelection | None = None,
-    perturb: _g.LeafSelection | None = None,
+    normalization: Normalization = "elementwise",
+    normalize: LeafSelection | None = None,
+    perturb: LeafSelection | None = None,
     param_specs: Any = None,
     axis_name: Any = None,
     average_ascent: bool = False,
@@ -123,7 +127,7 @@ def sam(
     rho: _radius.Radius = 0.05,
     p: float = 2,
     *,
-    perturb: _g.LeafSelection | None = None,
+    perturb: LeafSelection | None = None,
     param_specs: Any = None,
     axis_name: Any = None,
     average_ascent: bool = False,

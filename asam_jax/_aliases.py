@@ -1,5 +1,7 @@
 """The relatives of ASAM by their names: each a few lines over the links."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import optax
@@ -12,6 +14,7 @@ from asam_jax import _geometry as _g
 from asam_jax import _radius
 from asam_jax import _sometimes
 from asam_jax import _two_passes
+from asam_jax._geometry import Geometry
 
 _DEFAULT = _g.Geometry()
 
@@ -22,7 +25,7 @@ def looksam(
     k: int = 5,
     alpha: float = 0.7,
     *,
-    geometry: _g.Geometry = _DEFAULT,
+    geometry: Geometry = _DEFAULT,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""LookSAM: the second gradient at every k-th step, its new part reused between.
@@ -77,7 +80,7 @@ def ae_sam(
     threshold: optax.ScalarOrSchedule = 0.0,
     decay: float = 0.9,
     *,
-    geometry: _g.Geometry = _DEFAULT,
+    geometry: Geometry = _DEFAULT,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""AE-SAM: the second gradient where the first is larger than usual.
@@ -126,7 +129,7 @@ def gsam(
     rho: _radius.Radius = 0.5,
     alpha: Any = 0.4,
     *,
-    geometry: _g.Geometry = _DEFAULT,
+    geometry: Geometry = _DEFAULT,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""GSAM: also lowers the gap between perturbed and clean loss.
@@ -176,7 +179,7 @@ def friendly_sam(
     sigma: float = 1.0,
     decay: float = 0.9,
     *,
-    geometry: _g.Geometry = _DEFAULT,
+    geometry: Geometry = _DEFAULT,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Friendly SAM: ascends along the gradient without its moving average.
@@ -226,7 +229,7 @@ def vasso(
     rho: _radius.Radius = 0.5,
     decay: float = 0.6,
     *,
-    geometry: _g.Geometry = _DEFAULT,
+    geometry: Geometry = _DEFAULT,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""VaSSO: ascends along a moving average of the gradients.

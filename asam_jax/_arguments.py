@@ -3,6 +3,8 @@
 A check returns the argument, so that it can stand where the argument is used.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 import functools
 import math

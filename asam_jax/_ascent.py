@@ -1,5 +1,7 @@
 """The ascent: from a gradient to the perturbation. The only home of the formula."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 import dataclasses
 import functools
@@ -17,6 +19,8 @@ from asam_jax import _geometry as _g
 from asam_jax import _radius
 from asam_jax import _shards
 from asam_jax import _trees
+from asam_jax._geometry import LeafSelection
+from asam_jax._geometry import Normalization
 
 
 class AscentState(NamedTuple):
@@ -42,9 +46,9 @@ def ascent(
     eta: optax.ScalarOrSchedule = 0.01,
     p: float = 2,
     *,
-    normalization: _g.Normalization = "elementwise",
-    normalize: _g.LeafSelection | None = None,
-    perturb: _g.LeafSelection | None = None,
+    normalization: Normalization = "elementwise",
+    normalize: LeafSelection | None = None,
+    perturb: LeafSelection | None = None,
     param_specs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The perturbation of ASAM as a link: gradient in, perturbation out.

@@ -1,5 +1,7 @@
 """One gradient a step: the parameters rest at w + epsilon between steps."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +18,8 @@ from asam_jax import _radius
 from asam_jax import _shards
 from asam_jax import _trees
 from asam_jax import _two_passes
+from asam_jax._geometry import LeafSelection
+from asam_jax._geometry import Normalization
 
 
 class CarriedState(NamedTuple):
@@ -159,9 +163,9 @@ def momentum_sam(
     p: float = 2,
     *,
     decay: float = 0.9,
-    normalization: _g.Normalization = "elementwise",
-    normalize: _g.LeafSelection | None = None,
-    perturb: _g.LeafSelection | None = None,
+    normalization: Normalization = "elementwise",
+    normalize: LeafSelection | None = None,
+    perturb: LeafSelection | None = None,
     param_specs: Any = None,
     dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -1,5 +1,7 @@
 """What to make of the clean and the perturbed gradient, and of several ascents."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 import math
 from typing import Any, NamedTuple

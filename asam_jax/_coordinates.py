@@ -4,6 +4,8 @@ To project onto a plain ball needs no search for a multiplier, a Hessian in delt
 T H T, and a weight with T = 0 is simply a coordinate that the loss does not depend on.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 import dataclasses
 import functools
@@ -36,7 +38,7 @@ class Coordinates:
   dtype: Any
 
   @classmethod
-  def build(cls, params: Any, geometry: Geometry) -> "Coordinates":
+  def build(cls, params: Any, geometry: Geometry) -> Coordinates:
     _arguments.arrays("params", params)
     _arguments.instance("geometry", geometry, Geometry)
     _shards.refuse("a measure", geometry.param_specs, "what it draws and sums up")

@@ -1,5 +1,7 @@
 """A table of the leaves: which operator each gets, and whether it is perturbed."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 import functools
 import math
@@ -10,6 +12,7 @@ import optax
 
 from asam_jax import _arguments
 from asam_jax import _geometry as _g
+from asam_jax._geometry import Geometry
 
 
 class LeafDescription(NamedTuple):
@@ -61,7 +64,7 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def describe(
-    params: optax.Params, geometry: _g.Geometry | None = None, **options: Any
+    params: optax.Params, geometry: Geometry | None = None, **options: Any
 ) -> Description:
   """Which leaf gets which operator, and which leaves are perturbed.
 

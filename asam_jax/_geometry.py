@@ -5,6 +5,8 @@ stabilizer eta and returns the diagonal of T_w for that leaf, in any shape that
 broadcasts to the leaf's.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 import dataclasses
 import functools
@@ -33,7 +35,7 @@ _HIGHEST_RANK = 8  # no kernel has more axes, so no filter axis lies beyond
 
 
 def elementwise(w: jax.Array, eta: Any) -> jax.Array:
-  r"""T = |w| + eta, one entry per weight.
+  r"""``T = |w| + eta``, one entry per weight.
 
   Args:
     w: one parameter leaf, any shape, float.
@@ -59,7 +61,7 @@ def elementwise(w: jax.Array, eta: Any) -> jax.Array:
 def filterwise(
     w: jax.Array, eta: Any, *, filter_axis: int = -1
 ) -> jax.Array:
-  r"""T = ||f||_2 + eta per convolution filter, |w| + eta outside filters.
+  r"""``T = ||f||_2 + eta`` per convolution filter, ``|w| + eta`` elsewhere.
 
   A leaf of rank 3 or more is taken for a convolution kernel, whose filters lie
   along ``filter_axis``. Leaves of lower rank get :func:`elementwise`. Leaves of
@@ -115,7 +117,7 @@ def filter_axis_of(axis: int, rank: int) -> int | None:
 
 
 def layerwise(w: jax.Array, eta: Any) -> jax.Array:
-  r"""T = ||w||_2 + eta, one scalar per leaf.
+  r"""``T = ||w||_2 + eta``, one scalar per leaf.
 
   Args:
     w: one parameter leaf, any shape, float.
@@ -329,12 +331,12 @@ class Geometry:
 
   @property
   def q(self) -> float:
-    """The exponent of the dual norm: 1/p + 1/q = 1."""
+    """The exponent q of the dual norm, with 1/p + 1/q = 1."""
     return float("inf") if self.p == 1 else 1.0 if np.isinf(self.p) else (
         self.p / (self.p - 1)
     )
 
-  def at(self, count: Any) -> "Geometry":
+  def at(self, count: Any) -> Geometry:
     """The same at one step: a schedule eta becomes its value."""
     if not callable(self.eta):
       return self

@@ -1,5 +1,7 @@
 """One perturbation per m examples, however many devices share them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,5 +1,7 @@
 """What a step says about itself: losses, norms, the radius that was reached."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ from asam_jax import _geometry as _g
 from asam_jax import _mesh
 from asam_jax import _shards
 from asam_jax import _trees
+from asam_jax._geometry import Geometry
 
 
 class AscentInfo(NamedTuple):
@@ -70,7 +73,7 @@ class AscentInfo(NamedTuple):
   nonfinite_steps: jax.Array
 
 
-def empty(geometry: _g.Geometry, params: Any) -> AscentInfo:
+def empty(geometry: Geometry, params: Any) -> AscentInfo:
   """The info before the first step."""
   zero = jnp.zeros((), _g.sum_dtype(geometry.rules(params)))
   info = AscentInfo(*[zero] * len(AscentInfo._fields))
@@ -92,7 +95,7 @@ def finished(info: AscentInfo) -> AscentInfo:
 
 
 def measured(
-    geometry: _g.Geometry, passes: Any, plain: bool, axis_name: Any = None
+    geometry: Geometry, passes: Any, plain: bool, axis_name: Any = None
 ) -> AscentInfo:
   """The info of one step; ``plain`` if epsilon is the closed form in this geometry.
 
@@ -174,7 +177,7 @@ def _check_losses(value: Any, perturbed_value: Any) -> None:
   _arguments.real("value", value)
 
 
-def _is_coarse(geometry: _g.Geometry, params: Any) -> bool:
+def _is_coarse(geometry: Geometry, params: Any) -> bool:
   """Whether a perturbed leaf has fewer than 32 bits."""
   return any(
       jnp.finfo(_arguments.dtype_of(rule.leaf)).bits < 32
@@ -183,7 +186,7 @@ def _is_coarse(geometry: _g.Geometry, params: Any) -> bool:
   )
 
 
-def _moves(geometry: _g.Geometry, params: Any, point: Any) -> Any:
+def _moves(geometry: Geometry, params: Any, point: Any) -> Any:
   """(w + epsilon) - w, as the dtypes of the parameters can hold it."""
   rules = geometry.rules(params)
   dtype = _g.sum_dtype(rules)

@@ -1,5 +1,7 @@
 """Where other packages meet this one: extras, injected hyperparameters, notes."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 import functools
 import importlib.util

@@ -1,5 +1,7 @@
 """What the devices of a ``shard_map`` or ``pmap`` hold, and what they agree on."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """Gradients of a batch that does not fit, piece by piece."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 import functools
 import math

@@ -1,5 +1,7 @@
 """Skip the steps whose gradients are not finite."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

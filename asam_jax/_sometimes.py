@@ -1,5 +1,7 @@
 """Methods that take the second gradient only at some of the steps."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

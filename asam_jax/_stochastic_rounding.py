@@ -1,5 +1,7 @@
 """Perturbations of parameters that are too coarse for them."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

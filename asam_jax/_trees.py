@@ -1,5 +1,7 @@
 """Arithmetic on pytrees, over all their leaves, in float32 at least."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 import functools
 import math

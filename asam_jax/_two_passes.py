@@ -1,5 +1,7 @@
 """The two passes of a step, and the link that makes them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 import weakref
@@ -13,6 +15,7 @@ from asam_jax import _info
 from asam_jax import _interop
 from asam_jax import _mesh
 from asam_jax import _radius
+from asam_jax._geometry import Geometry
 
 
 class Link(optax.GradientTransformationExtraArgs):
@@ -26,7 +29,7 @@ class Link(optax.GradientTransformationExtraArgs):
   param_specs: Any = None
 
   @classmethod
-  def over(cls, axis_name: Any, param_specs: Any, init: Any, update: Any) -> "Link":
+  def over(cls, axis_name: Any, param_specs: Any, init: Any, update: Any) -> Link:
     link = cls(init, update)
     link.axis_name, link.param_specs = axis_name, param_specs
     return link
@@ -150,7 +153,7 @@ def perturbed_gradient(
     *,
     axis_name: Any = None,
     average_ascent: bool = False,
-    info: _g.Geometry | None = None,
+    info: Geometry | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Replaces the gradient at w by the gradient at w + epsilon.
 
@@ -213,7 +216,7 @@ def link_of(
     ascent_tx: Any,
     axis_name: Any,
     average_ascent: bool = False,
-    info: _g.Geometry | None = None,
+    info: Geometry | None = None,
     plain: bool = False,
 ) -> Link:
   """``perturbed_gradient``; ``plain`` if ascent_tx is the closed form in ``info``."""

@@ -1,5 +1,7 @@
 """ASAM as a function transformation, with the signatures of JAX's own."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
@@ -19,6 +21,9 @@ from asam_jax import _mesh
 from asam_jax import _microbatched
 from asam_jax import _radius
 from asam_jax import _two_passes
+from asam_jax._geometry import Geometry
+from asam_jax._geometry import LeafSelection
+from asam_jax._geometry import Normalization
 from asam_jax._stochastic_rounding import StochasticRoundingState
 
 RHO = 0.5
@@ -34,9 +39,9 @@ def value_and_grad(
     rho: Any = RHO,
     eta: Any = 0.01,
     p: float = 2,
-    normalization: _g.Normalization = "elementwise",
-    normalize: _g.LeafSelection | None = None,
-    perturb: _g.LeafSelection | None = None,
+    normalization: Normalization = "elementwise",
+    normalize: LeafSelection | None = None,
+    perturb: LeafSelection | None = None,
     param_specs: Any = None,
     ascent: optax.GradientTransformation | None = None,
     accumulate: Accumulate = None,
@@ -185,7 +190,7 @@ def value_and_grad(
 class Door:
   """The options and the two passes of a function transformation, here and for NNX."""
 
-  geometry: _g.Geometry
+  geometry: Geometry
   rho: Any
   ascent: Any
   axis_name: Any
@@ -356,9 +361,9 @@ def grad(
     rho: Any = RHO,
     eta: Any = 0.01,
     p: float = 2,
-    normalization: _g.Normalization = "elementwise",
-    normalize: _g.LeafSelection | None = None,
-    perturb: _g.LeafSelection | None = None,
+    normalization: Normalization = "elementwise",
+    normalize: LeafSelection | None = None,
+    perturb: LeafSelection | None = None,
     **options: Any,
 ) -> Callable[..., Any]:
   """``jax.grad``, but the gradient is taken at w + epsilon.

@@ -7,6 +7,8 @@
 streams are those of one clean pass, and both passes draw the same dropout masks.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
@@ -23,6 +25,9 @@ from asam_jax import _mesh
 from asam_jax import _microbatched
 from asam_jax import _two_passes
 from asam_jax import _value_and_grad as _door
+from asam_jax._geometry import LeafSelection
+from asam_jax._geometry import Normalization
+from asam_jax._value_and_grad import Accumulate
 
 _interop.require("nnx", "flax")
 from flax import nnx  # noqa: E402  (after the error that names the extra)
@@ -43,12 +48,12 @@ def value_and_grad(
     rho: Any = _door.RHO,
     eta: Any = 0.01,
     p: float = 2,
-    normalization: _g.Normalization = "elementwise",
-    normalize: _g.LeafSelection | None = None,
-    perturb: _g.LeafSelection | None = None,
+    normalization: Normalization = "elementwise",
+    normalize: LeafSelection | None = None,
+    perturb: LeafSelection | None = None,
     param_specs: Any = None,
     ascent: optax.GradientTransformation | None = None,
-    accumulate: _door.Accumulate = None,
+    accumulate: Accumulate = None,
     axis_name: Any = None,
     average_ascent: bool = False,
     m_sharpness: int | None = None,
@@ -189,9 +194,9 @@ def grad(
     rho: Any = _door.RHO,
     eta: Any = 0.01,
     p: float = 2,
-    normalization: _g.Normalization = "elementwise",
-    normalize: _g.LeafSelection | None = None,
-    perturb: _g.LeafSelection | None = None,
+    normalization: Normalization = "elementwise",
+    normalize: LeafSelection | None = None,
+    perturb: LeafSelection | None = None,
     **options: Any,
 ) -> Callable[..., Any]:
   """``nnx.grad``, but the gradient is taken at w + epsilon.

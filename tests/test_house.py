@@ -42,4 +42,4 @@ def test_an_update_passes_few_functions_in_few_modules():
 
 def test_no_file_is_long():
   lengths = {p.name: len(p.read_text().splitlines()) for p in ROOT.rglob("*.py")}
-  assert max(lengths.values()) <= 430, lengths
+  assert max(lengths.values()) <= 440, lengths

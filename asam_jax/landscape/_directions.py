@@ -1,5 +1,7 @@
 """Directions in weight space, all of unit length in the adaptive geometry."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Plots of the slices. Matplotlib is imported by the first call."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

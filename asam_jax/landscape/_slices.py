@@ -1,6 +1,8 @@
 # ruff: noqa: F722  (the shapes in jaxtyping's annotations)
 """Slices of the loss surface: along a line, in a plane, through three points."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

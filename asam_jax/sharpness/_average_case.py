@@ -1,6 +1,8 @@
 # ruff: noqa: F722  (the shapes in jaxtyping's annotations)
 """Average-case sharpness: the mean rise of the loss under random perturbations."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 import math
 from typing import Any, NamedTuple

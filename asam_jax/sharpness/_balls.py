@@ -1,5 +1,7 @@
 """Balls ||delta||_p <= rho: projections, uniform draws, the steepest direction."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

@@ -8,6 +8,8 @@ end early: with weights at zero T H T has low rank, and matfree's tridiagonaliza
 matrix does not have. Here such a break is seen and answered by a new direction.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

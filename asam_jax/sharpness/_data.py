@@ -1,6 +1,8 @@
 # ruff: noqa: F722  (the shapes in jaxtyping's annotations)
 """m-sharpness: a measure over a data set, batch by batch."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 import math
 from typing import Any, NamedTuple

@@ -1,5 +1,7 @@
 """Rank correlation between a measure and the generalization gap."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

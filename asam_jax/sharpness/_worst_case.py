@@ -1,6 +1,8 @@
 # ruff: noqa: F722  (the shapes in jaxtyping's annotations)
 """Worst-case sharpness: the largest rise of the loss in the adaptive ball."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
