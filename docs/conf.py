@@ -10,9 +10,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE / "_ext")]
 
-from tools import home  # noqa: E402  (after the path)
-
 import asam_jax  # noqa: E402
+from tools import home  # noqa: E402  (after the path)
 
 project = "asam_jax"
 author = "The asam_jax authors"
@@ -21,14 +20,13 @@ version = release = asam_jax.__version__
 
 extensions = [
     "mathml",
+    "signatures",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_design",
 ]
 exclude_patterns = ["_ext"]
-# The pages on a radius and the results come and go with what there is to tell.
-suppress_warnings = ["toc.empty_glob"]
 
 # Pages.
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
@@ -38,20 +36,7 @@ nb_execution_mode = "off"  # the notebooks' outputs are committed, and checked a
 # API pages, from the docstrings.
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
-autodoc_type_aliases = {
-    name: name
-    for name in (
-        "Accumulate",
-        "LeafSelection",
-        "Normalization",
-        "optax.GradientTransformation",
-        "optax.GradientTransformationExtraArgs",
-        "optax.OptState",
-        "optax.Params",
-        "optax.ScalarOrSchedule",
-        "optax.Updates",
-    )
-}
+napoleon_attr_annotations = False
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
@@ -66,8 +51,10 @@ html_css_files = ["asam_jax.css"]
 html_math_renderer = "mathml"
 html_show_sourcelink = False
 html_copy_source = False
+html_context = {"default_mode": "auto"}
 html_theme_options = {
     "home_page_in_toc": True,
+    "navbar_persistent": [],
     "show_toc_level": 2,
     "use_download_button": False,
     "use_fullscreen_button": False,
@@ -80,6 +67,7 @@ _JAX = "https://docs.jax.dev/en/latest"
 _OPTAX = "https://optax.readthedocs.io/en/latest"
 _FLAX = "https://flax.readthedocs.io/en/latest"
 EXTERNAL = {
+    "numpy": "https://numpy.org/doc/stable",
     "jax": _JAX,
     "jaxtyping": "https://docs.kidger.site/jaxtyping",
     "flax": _FLAX,
@@ -88,13 +76,29 @@ EXTERNAL = {
     "collections": "https://docs.python.org/3/library/collections.abc.html",
     "typing": "https://docs.python.org/3/library/typing.html",
 }
-TYPES = {"Accumulate", "LeafSelection", "Normalization"}  # described in api/types
+NAMES = {
+    "Any": "typing",
+    "Array": "jax",
+    "Callable": "collections",
+    "Float": "jaxtyping",
+    "Mapping": "collections",
+    "PRNGKeyArray": "jaxtyping",
+    "Sequence": "collections",
+}
 
 
 def external(app, env, node, contnode):
-  """Names of other projects lead to their documentation, in place of a warning."""
-  del app, env
-  top = node["reftarget"].split(".")[0]
+  """Names of other projects lead to their documentation, in place of a warning.
+
+  And the package's own lead to their entry from its subpackages, which import them.
+  """
+  target = node["reftarget"]
+  own = f"asam_jax.{target}"
+  if node.get("refdomain") == "py" and own in env.domains["py"].objects:
+    return env.domains["py"].resolve_xref(
+        env, node["refdoc"], app.builder, "obj", own, node, contnode
+    )
+  top = NAMES.get(target, target.split(".")[0])
   if top not in EXTERNAL:
     return None
   link = nodes.reference("", "", internal=False, refuri=EXTERNAL[top])

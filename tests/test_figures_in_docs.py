@@ -1,0 +1,111 @@
+"""Figures in README and documentation are those of the results that are committed."""
+
+import importlib
+
+import pytest
+
+from benchmarks import timing
+from examples import records
+from examples.frontier_methods import METHODS
+from tests import pages
+
+RESULTS = pages.ROOT / "results"
+
+
+def text(name):
+  return (pages.ROOT / name).read_text(encoding="utf-8")
+
+
+def load_report(name):
+  """A module of the examples that draws, which needs their extra."""
+  pytest.importorskip("matplotlib", reason="the examples need the extra 'examples'")
+  pytest.importorskip("sklearn", reason="the examples need the extra 'examples'")
+  return importlib.import_module(f"examples.{name}")
+
+
+def test_quickstart_table():
+  quickstart_report = load_report("quickstart_report")
+  rows = records.read(RESULTS / "quickstart/results.jsonl")
+  assert quickstart_report.table(rows) in text("README.md")
+
+
+def rows_of(name):
+  return records.read(RESULTS / f"benchmarks/{name}.jsonl")[1:]
+
+
+def test_cost_tables():
+  page = text("docs/cost.md")
+  flat = page.replace("\n", " ")
+  columns = ("ASAM by hand", "adaptive_sam", "value_and_grad", "sam")
+  modes = ("optax.contrib.sam, opaque", "optax.contrib.sam, transparent")
+  for name, label in (("mlp", "MLP"), ("resnet", "ResNet-8")):
+    times = {row["method"]: timing.show(row["ratio"]) for row in rows_of(name)}
+    cells = [*(times[key] for key in columns), " / ".join(times[key] for key in modes)]
+    line = next(x for x in page.splitlines() if x.startswith(f"| {label}, "))
+    assert line.endswith(" | " + " | ".join(cells) + " |")
+  for name in ("mlp", "resnet_against_opaque"):
+    by_hand = {row["method"]: row["ratio_to_by_hand"][1] for row in rows_of(name)}
+    for method in ("adaptive_sam", "value_and_grad"):
+      assert f"{by_hand[method]:.3f}" in flat
+  for row in rows_of("resnet_against_opaque"):
+    if row["method"] in columns:
+      assert row["against"] == "optax.contrib.sam, opaque"
+      assert f"{row['ratio_against'][1]:.3f} ± {row['error_against']:.3f}" in flat
+  ours = [
+      row["ratio"]
+      for row in rows_of("perturbation")
+      if row["method"] == "asam_jax.ascent"
+  ]
+  assert len(ours) == 2
+  for ratio in ours:
+    assert timing.show(ratio) in flat
+
+
+TASKS = (("mlp", 0.4), ("cnn", 0.4), ("mlp", 0.0), ("cnn", 0.0))
+
+
+def frontier():
+  kinds = {"accuracy": [], "cost": []}
+  for row in records.read(RESULTS / "frontier/frontier.jsonl"):
+    kinds[row["config"]["kind"]].append(row)
+  return kinds
+
+
+def test_table_of_methods():
+  report, page = load_report("frontier_report"), text("docs/which_method.md")
+  kinds = frontier()
+  rows = {
+      task: {row.method: row for row in report.rows_of(*kinds.values(), *task)}
+      for task in TASKS
+  }
+  table = page.split("## What was measured")[1].split("## ")[0]
+  lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
+  assert len(lines) > 9
+  names = {method.label.replace(" (T_w)", ""): name for name, method in METHODS.items()}
+  for line in lines:
+    label, flops, copies, *gains = [cell.strip() for cell in line.strip("|").split("|")]
+    method = names[label]
+    assert copies == str(METHODS[method].memory), label
+    assert flops == f"{rows['mlp', 0.4][method].flops:.2f}", label
+    assert gains == [f"{100 * rows[task][method].share:.0f} %" for task in TASKS], label
+
+
+def test_table_of_radii():
+  """The cliff, on the page about the radius, is that of the frontier's table."""
+  page, source = text("docs/which_radius.md"), text("results/frontier/frontier.md")
+  sections = {part.split("\n")[0]: part for part in source.split("\n## ")}
+  table = page.split("## The cliff, measured")[1].split("\n## ")[0]
+  lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
+  assert len(lines) >= 5
+  for line in lines:
+    label, _, cells = line.removeprefix("| ").partition(" | ")
+    method, _, network = label.rpartition(", ")
+    section = sections[f"{network.lower()}, 40 % wrong labels"]
+    assert f"\n| {method} | {cells}" in section.split("Validation accuracy")[1], label
+
+
+def test_times_of_one_gradient():
+  flat = text("docs/cost.md").replace("\n", " ")
+  for row in frontier()["cost"]:
+    if row["method"] == "momentum" and row["config"]["network"] not in ("mlp", "cnn"):
+      assert timing.show(row["time"][1]) in flat
