@@ -10,16 +10,16 @@ from asam_jax import _arguments
 from asam_jax import _ascent
 from asam_jax import _geometry as _g
 from asam_jax import _interop
-from asam_jax import _radius
 from asam_jax import _two_passes
 from asam_jax._geometry import LeafSelection
 from asam_jax._geometry import Normalization
+from asam_jax._radius import Radius
 
 
 @_interop.keeps("normalization", "normalize", "perturb", "param_specs")
 def adaptive_sam(
     base_tx: optax.GradientTransformation,
-    rho: _radius.Radius = 0.5,
+    rho: Radius = 0.5,
     eta: optax.ScalarOrSchedule = 0.01,
     p: float = 2,
     *,
@@ -124,7 +124,7 @@ def adaptive_sam(
 @_interop.keeps("perturb", "param_specs")
 def sam(
     base_tx: optax.GradientTransformation,
-    rho: _radius.Radius = 0.05,
+    rho: Radius = 0.05,
     p: float = 2,
     *,
     perturb: LeafSelection | None = None,

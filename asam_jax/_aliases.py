@@ -11,17 +11,17 @@ from asam_jax import _ascent
 from asam_jax import _combined
 from asam_jax import _gates
 from asam_jax import _geometry as _g
-from asam_jax import _radius
 from asam_jax import _sometimes
 from asam_jax import _two_passes
 from asam_jax._geometry import Geometry
+from asam_jax._radius import Radius
 
 _DEFAULT = _g.Geometry()
 
 
 def looksam(
     base_tx: optax.GradientTransformation,
-    rho: _radius.Radius = 0.5,
+    rho: Radius = 0.5,
     k: int = 5,
     alpha: float = 0.7,
     *,
@@ -76,7 +76,7 @@ def looksam(
 
 def ae_sam(
     base_tx: optax.GradientTransformation,
-    rho: _radius.Radius = 0.5,
+    rho: Radius = 0.5,
     threshold: optax.ScalarOrSchedule = 0.0,
     decay: float = 0.9,
     *,
@@ -126,7 +126,7 @@ def ae_sam(
 
 def gsam(
     base_tx: optax.GradientTransformation,
-    rho: _radius.Radius = 0.5,
+    rho: Radius = 0.5,
     alpha: Any = 0.4,
     *,
     geometry: Geometry = _DEFAULT,
@@ -175,7 +175,7 @@ def gsam(
 
 def friendly_sam(
     base_tx: optax.GradientTransformation,
-    rho: _radius.Radius = 0.5,
+    rho: Radius = 0.5,
     sigma: float = 1.0,
     decay: float = 0.9,
     *,
@@ -226,7 +226,7 @@ def friendly_sam(
 
 def vasso(
     base_tx: optax.GradientTransformation,
-    rho: _radius.Radius = 0.5,
+    rho: Radius = 0.5,
     decay: float = 0.6,
     *,
     geometry: Geometry = _DEFAULT,

@@ -21,6 +21,7 @@ from asam_jax import _shards
 from asam_jax import _trees
 from asam_jax._geometry import LeafSelection
 from asam_jax._geometry import Normalization
+from asam_jax._radius import Radius
 
 
 class AscentState(NamedTuple):
@@ -42,7 +43,7 @@ class AscentState(NamedTuple):
 
 
 def ascent(
-    rho: _radius.Radius = 0.5,
+    rho: Radius = 0.5,
     eta: optax.ScalarOrSchedule = 0.01,
     p: float = 2,
     *,
@@ -126,7 +127,7 @@ def ascent(
 
 
 def from_geometry(
-    rho: _radius.Radius, geometry: _g.Geometry
+    rho: Radius, geometry: _g.Geometry
 ) -> optax.GradientTransformationExtraArgs:
   """:func:`ascent` in a geometry that is there already."""
   _arguments.instance("geometry", geometry, _g.Geometry)

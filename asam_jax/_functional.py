@@ -1,5 +1,7 @@
 """Functional SAM: the model is perturbed, the loss of its outputs is not."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 import functools
 from typing import Any, NamedTuple
@@ -11,6 +13,9 @@ from asam_jax import _arguments
 from asam_jax import _geometry as _g
 from asam_jax import _two_passes
 from asam_jax import _value_and_grad as _door
+from asam_jax._geometry import LeafSelection
+from asam_jax._geometry import Normalization
+from asam_jax._value_and_grad import Accumulate
 
 
 def functional_value_and_grad(
@@ -22,12 +27,12 @@ def functional_value_and_grad(
     rho: Any = _door.RHO,
     eta: Any = 0.01,
     p: float = 2,
-    normalization: _g.Normalization = "elementwise",
-    normalize: _g.LeafSelection | None = None,
-    perturb: _g.LeafSelection | None = None,
+    normalization: Normalization = "elementwise",
+    normalize: LeafSelection | None = None,
+    perturb: LeafSelection | None = None,
     param_specs: Any = None,
     ascent: optax.GradientTransformation | None = None,
-    accumulate: _door.Accumulate = None,
+    accumulate: Accumulate = None,
     axis_name: Any = None,
     average_ascent: bool = False,
     with_info: bool = False,
@@ -105,6 +110,11 @@ def functional_value_and_grad(
       _g.Geometry(eta, p, normalization, normalize, perturb, param_specs),
       rho, ascent, axis_name, average_ascent, with_info,
   )
+  if door.rule:
+    raise ValueError(
+        f"rho={rho!r} is a radius rule, which compares two gradients of one loss; the"
+        " second one here is of another. Give rho a number."
+    )
   _arguments.function("model", model, "with the outputs that loss is given")
   _arguments.function("loss", loss, "(outputs, batch) with a scalar result")
   split = _Split(

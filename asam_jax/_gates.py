@@ -1,5 +1,7 @@
 """When to take the second gradient: gates for ``sometimes``."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

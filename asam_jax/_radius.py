@@ -1,16 +1,18 @@
 """Radius rules: what sets rho from what the two passes of a step say."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from asam_jax import _arguments
-from asam_jax import _geometry as _g
 from asam_jax import _trees
+from asam_jax._geometry import LeafSelection
 
 
 class Observed(NamedTuple):
@@ -51,7 +53,7 @@ class RadiusRule(NamedTuple):
   update: Callable[[Any, Observed], Any] | None = None
 
 
-Radius = optax.ScalarOrSchedule | RadiusRule
+Radius: TypeAlias = optax.ScalarOrSchedule | RadiusRule
 
 
 class AutoRadiusState(NamedTuple):
@@ -70,7 +72,7 @@ def auto_radius(
     rate: float = 0.05,
     start: float = 0.05,
     rho_max: float = 1e4,
-    over: _g.LeafSelection | None = None,
+    over: LeafSelection | None = None,
 ) -> RadiusRule:
   r"""A radius that keeps the two gradients at a given angle.
 

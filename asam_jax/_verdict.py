@@ -1,5 +1,7 @@
 """Whether a run's radius was right, from what its steps said of themselves."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 import math
 from typing import NamedTuple

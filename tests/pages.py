@@ -4,7 +4,6 @@ import doctest
 import importlib.util
 from pathlib import Path
 import re
-import shlex
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
@@ -76,24 +75,10 @@ def _session(code: str, where: str) -> None:
   assert doctest.DocTestRunner().run(test).failed == 0, where
 
 
-def commands(text: str) -> list[list[str]]:
-  """The words of each command in the page's shell blocks."""
-  lines = []
-  for language in ("sh", "bash"):
-    for block in blocks(text, language):
-      code = block.code.replace("\\\n", " ")
-      lines += [line for line in code.splitlines() if "python" in line]
-  parts = [part for line in lines for part in re.split(r"&&|;", line)]
-  return [shlex.split(part, comments=True) for part in parts]
-
-
 def modules(text: str) -> list[str]:
-  """What the page's commands run by ``python -m``."""
-  found = []
-  for words in commands(text):
-    if "-m" in words and "python" in words[words.index("-m") - 1]:
-      found.append(words[words.index("-m") + 1])
-  return found
+  """What the page's commands run by ``python -m``, within quotes too."""
+  code = "".join(b.code for language in ("sh", "bash") for b in blocks(text, language))
+  return re.findall(r"python[\d.]*\s+-m\s+([\w.]+)", code)
 
 
 def exists(module: str) -> bool:

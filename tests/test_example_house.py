@@ -145,5 +145,5 @@ def test_every_picture_is_shown_somewhere():
   }
   for picture in (ROOT / "results").rglob("*.png"):
     assert picture.resolve() in shown, picture
-  front = (ROOT / "README.md").read_text()
-  assert "](results/frontier/frontier.png)" in front
+  front = (ROOT / "docs" / "which_method.md").read_text()
+  assert "](../results/frontier/frontier.png)" in front

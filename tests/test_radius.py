@@ -366,6 +366,12 @@ def test_the_budget_of_a_carried_perturbation_is_refused():
     REFUSED["carried"](asam_jax.loss_budget(0.1))
 
 
+def test_functional_sam_refuses_rules():
+  with pytest.raises(ValueError, match=r"rho=.* is a radius rule.*Give rho a number"):
+    asam_jax.functional_value_and_grad(
+        lambda w: w["kernel"], jnp.sum, rho=asam_jax.auto_radius())
+
+
 def test_two_rules_in_a_chain_are_refused():
   chain = optax.chain(asam_jax.ascent(asam_jax.auto_radius()),
                       asam_jax.ascent(asam_jax.auto_radius()))

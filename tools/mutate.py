@@ -12,6 +12,7 @@ counts. Slow, and so no part of CI.
 
 import argparse
 import ast
+from collections.abc import Iterator
 import datetime
 import json
 import os
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -134,7 +135,8 @@ def mutants_of(path: Path) -> list[Mutant]:
       aside.append(node.value)
     skipped |= {inner for top in aside if top for inner in ast.walk(top)}
   found = []
-  for node in ast.walk(tree):
+  nodes: Iterator[Any] = ast.walk(tree)
+  for node in nodes:
     after = None if node in skipped else replacement(node)
     if after is None:
       continue

@@ -277,8 +277,11 @@ def _known_labels(labels: Any, logits: Array) -> Array:
         f"labels have shape {labels.shape}, but the logits have {logits.shape}; give"
         f" one label per row, an array of shape {tuple(rows)}."
     )
+  known_now = _arguments.is_concrete(labels)
+  if known_now:  # in a trace, JAX would trace the comparison of known labels too
+    labels = np.asarray(labels)
   known = (labels >= 0) & (labels < classes)
-  if _arguments.is_concrete(labels) and not np.all(known):
+  if known_now and not np.all(known):
     raise ValueError(
         f"labels={labels!r} must be in [0, {classes}), one of the {classes} classes of"
         " the logits; leave examples without a class out."

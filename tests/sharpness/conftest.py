@@ -18,7 +18,7 @@ for _name in [n for n in sys.modules if n.startswith(PACKAGES)]:
   del sys.modules[_name]
 
 with jaxtyping.install_import_hook(PACKAGES, f"{typecheck.__name__}.check"):
-  import asam_jax.landscape
+  import asam_jax.landscape  # noqa: F401
   import asam_jax.sharpness  # noqa: F401
 
 
