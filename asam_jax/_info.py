@@ -39,7 +39,7 @@ class AscentInfo(NamedTuple):
       is lost in the rounding of the losses it is noise.
     rise: sqrt(L(w + epsilon)) - sqrt(L(w)), the rise of the loss in a unit that goes
       down more slowly than the loss does over training. Of a loss below 0, the signed
-      root sign(L) sqrt(|L|) is taken in its place.
+      root sign(L) sqrt(abs(L)) is taken in its place.
     gradient_norm: ||g||_2 of the gradient at w; 0 below 1e-22 and inf above 1e19, for
       its squares are summed in float32.
     normalized_gradient_norm: ||T_w g||_q, over the perturbed leaves.
