@@ -81,6 +81,14 @@ def test_filter_direction_has_the_filters_proportions():
   np.testing.assert_array_equal(d["bias"], 0)
 
 
+def test_filter_direction_leaves_out_what_is_not_perturbed():
+  params = {"a": jnp.ones((3, 2)), "b": jnp.ones((3, 2))}
+  geometry = Geometry(perturb={"a": True, "b": False})
+  d = landscape.direction("filter", params, geometry=geometry)
+  np.testing.assert_array_equal(d["b"], 0)
+  assert np.abs(d["a"]).min() > 0
+
+
 def test_adaptive_direction_follows_the_weights():
   w = jnp.array([100.0, 1.0])
   draw = lambda kind: np.abs(np.stack([
@@ -197,6 +205,8 @@ def test_plots_show_what_was_computed(tmp_path):
   ax = landscape.plot_surface(surface)
   np.testing.assert_allclose(ax.lines[0].get_xydata(), surface.ball)
   assert r"\rho" in ax.get_xlabel()
+  assert ax.get_aspect() == 1  # or the ball would look like an ellipse
+  assert [a.get_ylabel() for a in ax.figure.axes if a is not ax] == ["loss"]
 
   plane = landscape.plane(loss, [w, *ds], points=5)
   ax = landscape.plot_plane(plane, ("a", "b", "c"))

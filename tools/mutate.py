@@ -41,17 +41,23 @@ TESTS = {
     "_combined": "bad_input variants",
     "_coordinates": "sharpness/average_case sharpness/curvature sharpness/worst_case",
     "_describe": "normalization defects bad_input",
+    "_functional": "functional bad_input",
     "_geometry": "normalization bad_input defects ascent autodiff",
+    "_groups": "m_sharpness bad_input",
     "_info": "metrics precision",
     "_interop": "user_errors compositions",
     "_mesh": "transform options layouts microbatch_devices",
     "_microbatched": "microbatch microbatch_devices",
-    "_skip_nonfinite": "options nonfinite",
+    "_nnx_groups": "nnx_groups bad_input",
+    "_radius": "radius bad_input shard_map",
+    "_shards": "sharded_by_hand",
+    "_skip_nonfinite": "options nonfinite shard_map",
     "_gates": "bad_input variants_periodic",
-    "_sometimes": "bad_input variants_periodic",
+    "_sometimes": "bad_input variants_periodic shard_map",
     "_stochastic_rounding": "bad_input precision",
     "_trees": "variants metrics nonfinite normalization",
     "_two_passes": "options transform compositions user_errors bad_input",
+    "_verdict": "verdict bad_input",
     "_value_and_grad": "bad_input transform defects compositions microbatch",
     "nnx": "bad_input nnx",
     "landscape/_directions": "options landscape sharpness/bad_input",
@@ -189,24 +195,38 @@ def summary_of(records: list[dict[str, object]]) -> dict[str, object]:
   }
 
 
+def unseen(everything: list[Mutant], report: Path) -> list[Mutant]:
+  """The mutants that no failing test of the last report has seen, by their names."""
+  records = [json.loads(line) for line in report.read_text().splitlines()]
+  names = [r["mutant"] for r in records if not (r["seen_by"] or "").startswith("FAILED")]
+  found = {mutant.name: mutant for mutant in everything}
+  return [found[name] for name in dict.fromkeys(names) if name in found]
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--sample", type=int, default=40, help="how many mutants")
   parser.add_argument("--seed", type=int, default=0, help="of the sample")
   parser.add_argument("--limit", type=float, default=600, help="seconds for one mutant")
+  parser.add_argument(
+      "--again", action="store_true",
+      help="instead, those of the last report that no failing test has seen")
   parser.add_argument("--out", type=Path, default=ROOT / "results/mutation")
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
   everything = [m for name in TESTS for m in mutants_of(ROOT / f"asam_jax/{name}.py")]
   chosen = random.Random(args.seed).sample(everything, args.sample)
+  if args.again:
+    chosen = unseen(everything, args.out / "report.jsonl")
   known_file = args.out / "equivalent.json"
   known = json.loads(known_file.read_text()) if known_file.exists() else {}
   records = []
   with tempfile.TemporaryDirectory() as scratch:
     copy = Path(scratch)
-    for folder in ("asam_jax", "tests"):
-      shutil.copytree(ROOT / folder, copy / folder)
-    shutil.copy(ROOT / "pyproject.toml", copy)
+    tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True)
+    for name in tracked.splitlines():  # some tests import what stands beside
+      (copy / name).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copy(ROOT / name, copy / name)
     for mutant in chosen:
       record = outcome(mutant, copy, args.limit)
       if record["outcome"] == "survived" and mutant.name in known:
