@@ -43,7 +43,7 @@ def test_cost_tables():
     cells = [*(times[key] for key in columns), " / ".join(times[key] for key in modes)]
     line = next(x for x in page.splitlines() if x.startswith(f"| {label}, "))
     assert line.endswith(" | " + " | ".join(cells) + " |")
-  for name in ("mlp", "resnet_against_opaque"):
+  for name in ("mlp", "mlp_bfloat16", "resnet"):
     by_hand = {row["method"]: row["ratio_to_by_hand"][1] for row in rows_of(name)}
     for method in ("adaptive_sam", "value_and_grad"):
       assert f"{by_hand[method]:.3f}" in flat

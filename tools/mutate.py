@@ -198,7 +198,8 @@ def summary_of(records: list[dict[str, object]]) -> dict[str, object]:
 def unseen(everything: list[Mutant], report: Path) -> list[Mutant]:
   """The mutants that no failing test of the last report has seen, by their names."""
   records = [json.loads(line) for line in report.read_text().splitlines()]
-  names = [r["mutant"] for r in records if not (r["seen_by"] or "").startswith("FAILED")]
+  was_seen = lambda record: (record["seen_by"] or "").startswith("FAILED")  # noqa: E731
+  names = [record["mutant"] for record in records if not was_seen(record)]
   found = {mutant.name: mutant for mutant in everything}
   return [found[name] for name in dict.fromkeys(names) if name in found]
 
