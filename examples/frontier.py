@@ -100,7 +100,7 @@ def configs(args: argparse.Namespace) -> list[dict[str, Any]]:
           "epochs": args.epochs,
           "batch_size": args.batch_size,
           "lr": args.lr,
-          "rhos": args.rhos if name != "sgd" else [0.0],
+          "rhos": args.rhos if methods.METHODS[name].has_radius else [0.0],
           "tuning_seeds": args.tuning_seeds,
           "seeds": args.seeds,
       }

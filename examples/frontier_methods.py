@@ -18,6 +18,7 @@ class Method(NamedTuple):
     memory: copies of the parameters in its state, over the base optimizer's.
     ascent_share: the part of the batch that the ascent gradient is taken on.
     gradients: at most so many of them in a step.
+    has_radius: whether there is one to choose.
     door: whether the gradient comes from ``functional_value_and_grad``, and ``make``
       gives the optimizer that follows it.
   """
@@ -27,6 +28,7 @@ class Method(NamedTuple):
   memory: int = 0
   ascent_share: float = 1.0
   gradients: int = 2
+  has_radius: bool = True
   door: bool = False
 
 
@@ -65,8 +67,16 @@ def _falling(total: int) -> asam_jax.Gate:
 
 # SAM and Momentum-SAM have T = 1; all others T_w = |w| + 0.01.
 METHODS: dict[str, Method] = {
-    "sgd": Method(lambda base_tx, rho, total: base_tx, "SGD", gradients=1),
+    "sgd": Method(lambda base_tx, rho, total: base_tx, "SGD", gradients=1,
+                  has_radius=False),
     "asam": Method(_ascending(), "ASAM"),
+    "auto": Method(
+        lambda base_tx, rho, total: asam_jax.adaptive_sam(
+            base_tx, asam_jax.auto_radius()
+        ),
+        "ASAM, auto radius",
+        has_radius=False,
+    ),
     "sam": Method(lambda base_tx, rho, total: asam_jax.sam(base_tx, rho), "SAM"),
     "momentum": Method(
         lambda base_tx, rho, total: asam_jax.momentum_sam(base_tx, rho),

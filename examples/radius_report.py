@@ -125,37 +125,56 @@ def verdict(found: Sequence[Result]) -> str:
   return "\n".join(lines)
 
 
+# A colour and a marker for each T_w and norm, the same in every panel.
+LOOKS = {
+    ("elementwise", "2"): (style.of("asam").color, "s"),
+    ("none", "2"): (style.of("sam").color, "o"),
+    ("filterwise", "2"): (style.of("gsam").color, "D"),
+    ("elementwise", "inf"): (style.of("momentum").color, "^"),
+}
+
+
 def plot(found: Sequence[Result], path: pathlib.Path) -> None:
-  """Accuracy against the radius, and against the target, a panel for each task."""
-  tasks = list(dict.fromkeys(one.cell[:2] for one in found))
-  with style.picture(path, 2, len(tasks), size=(3.1 * len(tasks), 5.6)) as (
-      figure, axes
-  ):
-    for column, task in enumerate(tasks):
-      here = [one for one in found if one.cell[:2] == task]
-      for row, axis in enumerate(axes[:, column]):
-        for k, one in enumerate(here):
-          xs = one.targets if row else np.array(one.radii) / one.radii[3]
-          scores = one.auto if row else one.fixed
-          mean, error = np.array(scores).T
-          axis.errorbar(xs, mean, error, marker="os^D"[k], markersize=4, capsize=2,
-                        elinewidth=1, label=f"{one.cell[2]}, p = {NORMS[one.cell[3]]}")
-        axis.axhline(here[0].plain[0], color="0.4", linestyle="--", linewidth=1,
-                     label="plain optimizer")
-        axis.set_xlabel("target of the cosine" if row
-                        else "radius / middle of its sweep")
-        if not row:
-          axis.set_xscale("log", base=2)
-        low = min(here[0].plain[0], *(m for one in here for m, _ in one.auto))
-        top = max(m for one in here for m, _ in [*one.fixed, *one.auto])
-        axis.set_ylim(low - 0.6 * (top - low) - 0.5, top + 0.1 * (top - low) + 0.3)
+  """Accuracy against the radius, and against the target; a row for each network."""
+  networks = list(dict.fromkeys(one.cell[0] for one in found))
+  noises = sorted({one.cell[1] for one in found}, reverse=True)
+  columns = [(noise, auto) for noise in noises for auto in (False, True)]
+  size = (3.0 * len(columns), 2.4 * len(networks) + 0.8)
+  with style.picture(path, len(networks), len(columns), size=size) as (figure, axes):
+    for row, network in enumerate(networks):
+      for column, (noise, auto) in enumerate(columns):
+        here = [one for one in found if one.cell[:2] == (network, noise)]
+        axis = axes[row, column]
+        _panel(axis, here, auto)
+        labels = f"{100 * noise:g} % wrong labels" if noise else "clean labels"
+        axis.set_title(f"{network}, {labels}" if not auto else "auto_radius")
         if not column:
           axis.set_ylabel("test accuracy in %")
-      noise = f"{100 * task[1]:g} % wrong labels" if task[1] else "clean labels"
-      axes[0, column].set_title(f"{task[0]}\n{noise}")
-      axes[0, column].legend(fontsize=7)
+    handles = {}
+    for axis in axes.flat:
+      handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside upper center",
+                  ncol=len(handles))
     style.explain(figure, style.bars_mean(found[0].runs) + " Radii that fall out of a"
-                  " panel are below the plain optimizer.")
+                  " panel are far below the plain optimizer.")
+
+
+def _panel(axis: Any, here: Sequence[Result], auto: bool) -> None:
+  """The cells of one task, against the radius or against the target."""
+  for one in here:
+    color, marker = LOOKS[one.cell[2:]]
+    xs = one.targets if auto else np.array(one.radii) / one.radii[3]
+    mean, error = np.array(one.auto if auto else one.fixed).T
+    axis.errorbar(xs, mean, error, color=color, marker=marker, markersize=4, capsize=2,
+                  elinewidth=1, label=f"{one.cell[2]}, p = {NORMS[one.cell[3]]}")
+  axis.axhline(here[0].plain[0], color="0.4", linestyle="--", linewidth=1,
+               label="plain optimizer")
+  axis.set_xlabel("target of the cosine" if auto else "radius / middle of its sweep")
+  if not auto:
+    axis.set_xscale("log", base=2)
+  low = min(here[0].plain[0], *(m for one in here for m, _ in one.auto))
+  top = max(m for one in here for m, _ in [*one.fixed, *one.auto])
+  axis.set_ylim(low - 0.3 * (top - low), top + 0.1 * (top - low))
 
 
 def write(folder: pathlib.Path, rows: Sequence[records.Row]) -> str:

@@ -39,6 +39,7 @@ METHODS: dict[str, Style] = {
     "sgd": Style("SGD", "#404040", "o"),
     "sam": Style("SAM", "#0072B2", "s"),
     "asam": Style("ASAM", "#D55E00", "s"),
+    "auto": Style("ASAM, auto radius", "#8C564B", "s"),
     "momentum": Style("Momentum-ASAM", "#009E73", "o"),
     "momentum_plain": Style("Momentum-SAM", "#56B4E9", "o"),
     "stale": Style("stale ASAM", "#E69F00", "o"),

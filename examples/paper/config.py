@@ -90,6 +90,8 @@ class Config:
   ...; an unknown one is answered by the list."""
   rho: float = 0.0
   """Radius of the perturbation."""
+  cosine: float = 0.8
+  """auto: the cosine of the two gradients that the radius is set to hold."""
   eta: float = 0.01
   """Stabilizer, added to T_w."""
   p: float = 2.0

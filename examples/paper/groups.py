@@ -14,6 +14,7 @@ _LABELS = {
     "plain": "",
     "sam": "SAM",
     "asam": "ASAM",
+    "auto": "ASAM, auto radius",
     "momentum_sam": "Momentum-SAM",
     "adaptive_momentum_sam": "adaptive Momentum-SAM",
     "stale": "stale-gradient ASAM",

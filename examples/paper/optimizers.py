@@ -67,6 +67,12 @@ def _asam(base_tx, config, total):
   return Recipe(asam_jax.adaptive_sam(base_tx, config.rho, **_geometry(config)))
 
 
+def _auto(base_tx, config, total):
+  del total
+  rule = asam_jax.auto_radius(config.cosine)
+  return Recipe(asam_jax.adaptive_sam(base_tx, rule, **_geometry(config)))
+
+
 def _momentum(normalization: str | None) -> _Method:
   def method(base_tx, config, total):
     del total
@@ -122,6 +128,7 @@ METHODS: dict[str, _Method] = {
     "plain": _plain,
     "sam": _sam,
     "asam": _asam,
+    "auto": _auto,
     "momentum_sam": _momentum("none"),
     "adaptive_momentum_sam": _momentum(None),
     "stale": _stale,
@@ -136,18 +143,21 @@ METHODS: dict[str, _Method] = {
 # Methods whose T_w is 1 whatever the configuration says.
 UNNORMALIZED = ("plain", "sam", "momentum_sam")
 
+# Methods that are given no radius.
+WITHOUT_RADIUS = ("plain", "auto")
+
 
 def check(config: Config) -> None:
   """Raises ConfigError for an unknown method or a radius that does not go with it."""
   if config.method not in METHODS:
     names = ", ".join(METHODS)
     raise ConfigError(f"method={config.method!r}: unknown; take one of {names}.")
-  if config.method == "plain" and config.rho:
+  if config.method in WITHOUT_RADIUS and config.rho:
     raise ConfigError(
-        f"rho={config.rho}: the plain optimizer takes no radius; leave it 0, or choose"
-        " another method."
+        f"rho={config.rho}: method={config.method!r} takes no radius; leave it 0, or"
+        " choose another method."
     )
-  if config.method != "plain" and not config.rho:
+  if config.method not in WITHOUT_RADIUS and not config.rho:
     raise ConfigError(
         f"rho=0: method={config.method!r} needs a radius above 0, or it is the plain"
         " optimizer at a higher price."

@@ -78,6 +78,7 @@ def cheaper(config: Config) -> list[Entry]:
   asam = f"{config.name}-asam"
   momentum = "adaptive_momentum_sam"
   return [
+      Entry(row(config, "auto", method="auto")),
       Entry(row(config, "late", method="late"), like=asam),
       Entry(row(config, "momentum", method=momentum), sweep=Sweep(MOMENTUM_RADII)),
       Entry(row(config, "looksam", method="looksam"), sweep=Sweep(ASAM_RADII)),

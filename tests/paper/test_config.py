@@ -79,7 +79,8 @@ def steps_to_trace():
   """A row for each network, and for each kind of step with the smallest network."""
   # The radii of the small plan are not known yet.
   rows = [
-      replace(config, rho=0.0 if config.method == "plain" else 1.0) for config in IMAGES
+      replace(config, rho=0.0 if config.method in optimizers.WITHOUT_RADIUS else 1.0)
+      for config in IMAGES
   ]
   chosen = {config.model: config for config in rows if config.method == "asam"}
   for config in rows:
@@ -202,7 +203,7 @@ def test_optimizers_are_found_by_name_and_take_their_steps():
   params = {"w": jnp.array([1.0, -2.0]), "bias": jnp.array(0.5)}
   grad_fn = jax.grad(lambda p: jnp.sum(p["w"] ** 2) + p["bias"] ** 2)
   for method in optimizers.METHODS:
-    rho = 0.0 if method == "plain" else 0.1
+    rho = 0.0 if method in optimizers.WITHOUT_RADIUS else 0.1
     recipe = optimizers.make(replace(configs.FAKE, method=method, rho=rho), 10)
     state = recipe.tx.init(params)
     extra = {} if recipe.ascend is None else {"ascend": True}

@@ -199,7 +199,7 @@ def test_main_writes_a_line_of_results(tmp_path, capsys):
 @pytest.mark.parametrize(("fields", "more", "message"), [
     ({"epochs": -1}, {}, "epochs=-1: must be a number of at least 1"),
     ({"rho": math.nan, "method": "sam"}, {}, "rho=nan"),
-    ({"rho": 0.1}, {}, "rho=0.1: the plain optimizer takes no radius"),
+    ({"rho": 0.1}, {}, "rho=0.1: method='plain' takes no radius"),
     ({"method": "asam"}, {}, "rho=0: method='asam' needs a radius"),
     ({"method": "asma", "rho": 1.0}, {}, "method='asma': unknown; take one of plain"),
     ({"batch_size": 18}, {"devices": 4}, "batch_size=18: does not divide into 4"),
