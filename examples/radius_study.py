@@ -51,8 +51,6 @@ class Cell(NamedTuple):
   @property
   def radii(self) -> list[float]:
     first = FIRST_RADIUS[self.normalization, self.p]
-    if self.network == "transformer":  # AdamW on attention wants smaller ones
-      first /= 8
     return [first * 2**k for k in range(7)]
 
   def config(self) -> dict[str, Any]:

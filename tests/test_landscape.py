@@ -211,5 +211,6 @@ def test_plots_show_what_was_computed(tmp_path):
   plane = landscape.plane(loss, [w, *ds], points=5)
   ax = landscape.plot_plane(plane, ("a", "b", "c"))
   assert [t.get_text() for t in ax.texts] == ["a", "b", "c"]
+  assert ax.get_aspect() == 1
   ax.figure.savefig(tmp_path / "plane.png")
   pyplot.close("all")

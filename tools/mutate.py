@@ -195,13 +195,16 @@ def summary_of(records: list[dict[str, object]]) -> dict[str, object]:
   }
 
 
-def unseen(everything: list[Mutant], report: Path) -> list[Mutant]:
-  """The mutants that no failing test of the last report has seen, by their names."""
+def unseen(
+    everything: list[Mutant], report: Path
+) -> tuple[list[Mutant], list[dict[str, object]]]:
+  """Mutants that no failing test of the last report has seen, and the other records."""
   records = [json.loads(line) for line in report.read_text().splitlines()]
   was_seen = lambda record: (record["seen_by"] or "").startswith("FAILED")  # noqa: E731
   names = [record["mutant"] for record in records if not was_seen(record)]
   found = {mutant.name: mutant for mutant in everything}
-  return [found[name] for name in dict.fromkeys(names) if name in found]
+  again = [found[name] for name in dict.fromkeys(names) if name in found]
+  return again, [record for record in records if was_seen(record)]
 
 
 def main() -> None:
@@ -217,11 +220,11 @@ def main() -> None:
   args.out.mkdir(parents=True, exist_ok=True)
   everything = [m for name in TESTS for m in mutants_of(ROOT / f"asam_jax/{name}.py")]
   chosen = random.Random(args.seed).sample(everything, args.sample)
+  records: list[dict[str, object]] = []
   if args.again:
-    chosen = unseen(everything, args.out / "report.jsonl")
+    chosen, records = unseen(everything, args.out / "report.jsonl")
   known_file = args.out / "equivalent.json"
   known = json.loads(known_file.read_text()) if known_file.exists() else {}
-  records = []
   with tempfile.TemporaryDirectory() as scratch:
     copy = Path(scratch)
     tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True)
