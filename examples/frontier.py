@@ -160,7 +160,8 @@ def gradients(config: dict[str, Any]) -> int:
   sizes, size = training.sizes(), config["batch_size"]
   steps = len(config["rhos"]) * config["tuning_seeds"] * (sizes.tuning // size)
   steps += config["seeds"] * (sizes.final // size)
-  return steps * config["epochs"] * methods.METHODS[config["method"]].gradients
+  method = methods.METHODS[config["method"]]
+  return steps * config["epochs"] * method.epochs * method.gradients
 
 
 def forecast(

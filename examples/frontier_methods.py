@@ -19,6 +19,9 @@ class Method(NamedTuple):
     ascent_share: the part of the batch that the ascent gradient is taken on.
     gradients: at most so many of them in a step.
     has_radius: whether there is one to choose.
+    epochs: its number of epochs over the others'.
+    stops: whether a fifth of the training examples are held out, and of all epochs the
+      one that is best on them (wrong labels included) is judged.
     door: whether the gradient comes from ``functional_value_and_grad``, and ``make``
       gives the optimizer that follows it.
   """
@@ -29,6 +32,8 @@ class Method(NamedTuple):
   ascent_share: float = 1.0
   gradients: int = 2
   has_radius: bool = True
+  epochs: int = 1
+  stops: bool = False
   door: bool = False
 
 
@@ -69,6 +74,14 @@ def _falling(total: int) -> asam_jax.Gate:
 METHODS: dict[str, Method] = {
     "sgd": Method(lambda base_tx, rho, total: base_tx, "SGD", gradients=1,
                   has_radius=False),
+    "sgd_double": Method(
+        lambda base_tx, rho, total: base_tx, "SGD, twice the epochs", gradients=1,
+        has_radius=False, epochs=2,
+    ),
+    "sgd_best": Method(
+        lambda base_tx, rho, total: base_tx, "SGD, best validation epoch", gradients=1,
+        has_radius=False, stops=True,
+    ),
     "asam": Method(_ascending(), "ASAM"),
     "auto": Method(
         lambda base_tx, rho, total: asam_jax.adaptive_sam(

@@ -49,7 +49,11 @@ def rows_of(
   for name in methods.METHODS:
     if name not in runs:
       continue
-    flops, time = _step(costs.get(name), runs[name]["ascents"])
+    # Of a run over SGD's: so many epochs more are so many times the cost.
+    flops, time = (
+        methods.METHODS[name].epochs * cost
+        for cost in _step(costs.get(name), runs[name]["ascents"])
+    )
     mean, error = scores[name]
     # Where ASAM gains nothing, there are no shares of it.
     share = (mean - base) / gain if gain > 0 else np.nan

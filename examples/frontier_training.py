@@ -68,13 +68,14 @@ def train(
   """Trains R runs of one method, one after another, so that lax.cond saves."""
   method, model = methods.METHODS[name], digits.NETWORKS[network]()
   size = runs.train_images.shape[1]
-  per_epoch = size // config.batch_size
-  total = per_epoch * config.epochs
+  kept = size - round(HELD_OUT * size) if method.stops else size
+  per_epoch, epochs = kept // config.batch_size, config.epochs * method.epochs
+  total = per_epoch * epochs
   orders = np.stack([
       np.concatenate([
-          rng.permutation(size)[: per_epoch * config.batch_size]
-          for _ in range(config.epochs)
-      ]).reshape(total, config.batch_size)
+          rng.permutation(kept)[: per_epoch * config.batch_size]
+          for _ in range(epochs)
+      ]).reshape(epochs, per_epoch, config.batch_size)
       for rng in (np.random.default_rng([seed, 2]) for seed in seeds)
   ])
 
@@ -91,9 +92,28 @@ def train(
       updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
       return (optax.apply_updates(params, updates), state), None
 
+    def epoch(carry, batches):
+      carry, _ = jax.lax.scan(step, carry, batches)
+      return carry, None
+
+    def watched_epoch(carry, batches):
+      carry, best, score = carry
+      carry, _ = epoch(carry, batches)
+      here = digits.accuracy(
+          model, carry[0], run.train_images[kept:], run.train_labels[kept:]
+      )
+      best = jax.tree.map(lambda a, b: jnp.where(here > score, a, b), carry[0], best)
+      return (carry, best, jnp.maximum(here, score)), None
+
     params = model.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))
-    (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), order)
-    params = methods.clean_params(name, params, state)
+    start = params, tx.init(params)
+    if method.stops:
+      ((_, state), params, _), _ = jax.lax.scan(
+          watched_epoch, (start, params, -1.0), order
+      )
+    else:
+      (params, state), _ = jax.lax.scan(epoch, start, order)
+      params = methods.clean_params(name, params, state)
     correct = digits.accuracy(model, params, run.eval_images, run.eval_labels)
     return correct, _ascents(state) / total
 

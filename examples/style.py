@@ -37,6 +37,8 @@ class Style(NamedTuple):
 # the second gradient.
 METHODS: dict[str, Style] = {
     "sgd": Style("SGD", "#404040", "o"),
+    "sgd_double": Style("SGD, 2 × epochs", "#7A7A7A", "P"),
+    "sgd_best": Style("SGD, best epoch", "#9A9A9A", "X"),
     "sam": Style("SAM", "#0072B2", "s"),
     "asam": Style("ASAM", "#D55E00", "s"),
     "auto": Style("ASAM, auto radius", "#8C564B", "s"),

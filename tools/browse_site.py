@@ -32,7 +32,8 @@ WIDTHS = (1280, 390)
 # What is searched for, and the page that must be among the first hits.
 SEARCHES = {
     "stochastic_rounding": "api/precision.html",
-    "radius": "which_radius.html",
+    "cliff": "which_radius.html",
+    "radius": "radius.html",
     "worst_case": "api/sharpness.html",
     "davda54": "coming_from/davda54.html",
 }
