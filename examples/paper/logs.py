@@ -58,7 +58,15 @@ def hardware() -> str:
              cpuinfo.read_text(encoding="utf-8").splitlines()
              if line.startswith("model name")]
     model = names[0] if names else model
-  return f"{model}, {os.cpu_count()} cores"
+  cores = _cores()
+  return f"{model}, {cores} core{'s' if cores > 1 else ''}"
+
+
+def _cores() -> int:
+  """The cores that this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:
@@ -78,6 +86,7 @@ def heading(config: Config) -> dict[str, Any]:
       "config": as_json(config),
       "versions": versions(),
       "hardware": hardware(),
+      "xla_flags": os.environ.get("XLA_FLAGS", ""),
       "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
       "command": command(),
   }

@@ -165,7 +165,8 @@ def sweep_sentence(swept: Sequence[groups.Group]) -> str:
         f"{group.config.rho:g}: {score.mean:.2f}"
     )
   tried = "; ".join(f"{name} " + ", ".join(v) for name, v in methods.items())
-  return f"Radii tried, with the validation score: {tried}."
+  epochs = " or ".join(map(str, sorted({g.config.epochs for g in swept})))
+  return f"Radii tried, with the validation score after {epochs} epochs: {tried}."
 
 
 def provenance(records: Sequence[Mapping[str, Any]]) -> str:

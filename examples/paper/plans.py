@@ -17,18 +17,21 @@ class Sweep:
   """Radii to choose from on a validation split, with the first seed.
 
   If the best is at an end of those that were tried, the next one beyond is tried too,
-  twice or half as large, ``extensions`` times at most.
+  twice or half as large, ``extensions`` times at most. Its runs take ``share`` of the
+  epochs, on a schedule of their own.
   """
 
   radii: tuple[float, ...]
   validation: int = 5000
   extensions: int = 1
+  share: float = 1.0
 
   def run(self, config: Config, rho: float) -> Config:
-    """The run that judges a radius: the whole budget, and no look at the test set."""
+    """The run that judges a radius, without a look at the test set."""
+    epochs = max(1, round(self.share * config.epochs))
     return replace(
-        config, name=f"{config.name}-sweep-{rho:g}", rho=rho, eval_every=config.epochs,
-        validation=self.validation,
+        config, name=f"{config.name}-sweep-{rho:g}", rho=rho, epochs=epochs,
+        eval_every=epochs, validation=self.validation,
     )
 
 

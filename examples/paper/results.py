@@ -45,8 +45,7 @@ def read_all(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 def add(path: pathlib.Path, record: dict[str, Any]) -> None:
   """Adds a run, in place of an earlier one of the same configuration."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with _locked(path):
+  with locked(path):
     others = [r for r in read(path) if r["key"] != record["key"]]
     rows.write(path, [*others, record])
 
@@ -74,10 +73,19 @@ def summary(record: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
+def locked(path: pathlib.Path, wait: bool = True) -> Iterator[bool]:
+  """Holds what stands for the path, against other processes; whether it does.
+
+  It does not if another process holds it and this one is not to wait.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
   if fcntl is None:
-    yield
+    yield True
     return
   with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    yield
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+      yield False
+      return
+    yield True

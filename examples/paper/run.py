@@ -6,9 +6,12 @@
 A plan is "small", which two cores do in half a day, or a table of the paper, with its
 own settings. Each finished run is a line of its table's file at once; the same command
 goes on with what is missing, and inside a run where its last checkpoint was made.
+Started in several processes, it shares the runs among them: on a CPU one process for
+each core does more than one for all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -25,8 +28,12 @@ from examples.paper import results
 from examples.paper import small
 from examples.paper.config import Config
 from examples.paper.config import ConfigError
+from examples.paper.config import folder_of
 from examples.paper.config import key_of
 from examples.paper.config import Options
+
+
+_POLL = 2.0  # seconds between two looks for a run that no other process is at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +129,28 @@ def _run_all(plan: list[plans.Entry], arguments: Arguments) -> frozenset[str]:
     if arguments.minutes and time.monotonic() - start > 60 * arguments.minutes:
       print(f"{len(waiting)} runs are left at least.")
       return failed
-    config = waiting[0]
-    if not _run_one(config, arguments):
-      failed |= {key_of(config)}
+    with _first_free(waiting, arguments) as config:
+      if config is None:
+        time.sleep(_POLL)
+      elif not _run_one(config, arguments):
+        failed |= {key_of(config)}
+
+
+@contextlib.contextmanager
+def _first_free(
+    waiting: Sequence[Config], arguments: Arguments
+) -> Iterator[Config | None]:
+  """The first run that no other process is at, held; None: each has one."""
+  with contextlib.ExitStack() as held:
+    for config in waiting:
+      folder = folder_of(config, options_for(config, arguments))
+      if held.enter_context(results.locked(folder, wait=False)):
+        # Another process may have done it since the records were read.
+        path = results.path_of(arguments.results, config.table)
+        if key_of(config) not in {r["key"] for r in results.read(path)}:
+          yield config
+          return
+    yield None
 
 
 def _run_one(config: Config, arguments: Arguments) -> bool:
