@@ -175,11 +175,12 @@ def provenance(records: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(dict.fromkeys(map(values, records)))
 
   versions = join(lambda r: ", ".join(f"{k} {v}" for k, v in r["versions"].items()))
+  flags = join(lambda r: r.get("xla_flags", ""))
   dates = sorted({r["date"] for r in records})
   when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
   return (
       f"{join(lambda r: r['hardware'])}; {versions}; {when};"
-      f" `{records[-1]['command']}`."
+      f" `{records[-1]['command']}`{f', XLA_FLAGS `{flags}`' if flags else ''}."
   )
 
 

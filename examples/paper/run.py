@@ -32,7 +32,6 @@ from examples.paper.config import folder_of
 from examples.paper.config import key_of
 from examples.paper.config import Options
 
-
 _POLL = 2.0  # seconds between two looks for a run that no other process is at
 
 

@@ -10,7 +10,9 @@ from examples.paper import plans
 from examples.paper import results
 from examples.paper import run
 from examples.paper import small
+from examples.paper.config import folder_of
 from examples.paper.config import key_of
+from examples.paper.config import Options
 from tests.paper.fake_records import record
 from tests.paper.tiny import CONFIG
 from tests.paper.tiny import tiny  # noqa: F401
@@ -34,6 +36,16 @@ def test_rows_without_a_sweep_give_their_seeds_in_order():
   assert names(plan, {}) == [("sgd", 0, 0.0), ("sgd", 1, 0.0)]
   done = finished([(configs.FAKE, 0.5)])
   assert names(plan, done) == [("sgd", 1, 0.0)]
+
+
+def test_a_sweep_may_take_a_share_of_the_epochs():
+  long = replace(ASAM, epochs=12)
+  sweep = plans.Entry(long, (0,), plans.Sweep((0.5, 1.0), 50, share=0.5))
+  assert [(c.epochs, c.eval_every) for c in plans.missing([sweep], {})] == [(6, 6)] * 2
+  done = finished((c, c.rho) for c in plans.missing([sweep], {}))
+  beyond = replace(long, epochs=6, eval_every=6, validation=50, rho=2.0)
+  done |= finished([(beyond, 0.5)])
+  assert [(c.epochs, c.rho) for c in plans.missing([sweep], done)] == [(12, 1.0)]
 
 
 def test_the_sweep_holds_images_out_and_has_the_whole_budget():
@@ -122,6 +134,28 @@ def test_the_runner_does_what_is_missing_and_no_more(tmp_path, monkeypatch, caps
   assert again[-1]["digest"] == json.loads(lines[1])["digest"]
   run.main([*arguments, "--only", "sgd", "--dry", "True"])
   assert capsys.readouterr().out.endswith("all is done\n")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  base = replace(CONFIG, table="t", epochs=1, name="sgd")
+  monkeypatch.setattr(small, "PLAN", [plans.Entry(base, (0, 1))])
+  path, options = tmp_path / "t.jsonl", Options()
+  arguments = ["small", "--results", str(tmp_path), "--progress", "False"]
+
+  def other_ends(seconds):
+    # While the other one is at seed 0, seed 1 alone was done here.
+    assert [r["config"]["seed"] for r in results.read(path)] == [1]
+    results.add(path, record(base, 0.25))
+
+  monkeypatch.setattr(run.time, "sleep", other_ends)
+  with results.locked(folder_of(base, options)) as held:
+    assert held
+    with results.locked(folder_of(base, options), wait=False) as again:
+      assert not again
+    run.main(arguments)
+  assert [results.accuracy(r) for r in results.read(path)][1:] == [0.25]
 
 
 def test_an_unknown_plan_is_refused(capsys):

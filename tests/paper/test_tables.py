@@ -54,7 +54,7 @@ def test_a_table_has_accuracy_and_cost_in_the_same_row():
   assert "| SGD | – | 2 | 71.00 ± 0.58 | 3 | 2 | 12 | 2.0 |" in text
   assert "| ASAM | 0.5 | 2 | 73.00 ± 1.15 | 3 | 4 | 24 | 2.0 |" in text
   assert "| SGD, 2 × epochs | – | 4 | 74.00 ± 0.00 | 3 | 4 | 12 | 2.0 |" in text
-  assert "Radii tried, with the validation score: ASAM 0.5: 68.00, 1: 66.00." in text
+  assert "the validation score after 2 epochs: ASAM 0.5: 68.00, 1: 66.00." in text
   assert "a test's machine; jax 1.2.3; 2026-01-02; `python -m x`." in text
   assert "1,000 training images" in text
 
