@@ -137,6 +137,7 @@ def from_geometry(
   # Under a rule, the closed form at radius 1 is multiplied with what the rule says.
   rho = 1.0 if rule else _arguments.scalar_or_schedule("rho", rho)
   stabilizer = _arguments.scalar_or_schedule("eta", geometry.eta)
+  q = geometry.q
 
   def init_fn(params: optax.Params) -> AscentState:
     dtype = _g.sum_dtype(geometry.rules(params))
@@ -188,7 +189,7 @@ def from_geometry(
     closed_form = _compiled_closed_form if leaves.built_in else _closed_form
     epsilons, norm = [], jnp.zeros((), dtype)
     if chosen:
-      epsilons, norm = closed_form(leaves, radius, geometry.p)
+      epsilons, norm = closed_form(leaves, radius, q)
     if rule:
       radius = _radius.this_step(rule, state, norm, **extra_args)
       epsilons = [radius * one for one in epsilons]
@@ -236,7 +237,7 @@ class _Leaves:
   shards: _shards.Shards | None = None  # of what is sharded by hand
 
 
-def _closed_form(leaves: _Leaves, rho: jax.Array, p: float):
+def _closed_form(leaves: _Leaves, rho: jax.Array, q: float):
   """(rho T sign(g) (|T g| / ||T g||_q)^(q - 1) of each leaf, ||T g||_q)."""
   dtype = leaves.eta.dtype
   kept = []
@@ -246,7 +247,6 @@ def _closed_form(leaves: _Leaves, rho: jax.Array, p: float):
       t = rule.factor(w.astype(dtype), leaves.eta)
     kept.append(t if t is not None and t.size < w.size else None)
   leaves, shards = dataclasses.replace(leaves, kept=tuple(kept)), leaves.shards
-  q = 1 if math.isinf(p) else math.inf if p == 1 else p / (p - 1)
 
   # With x = h T g h, where h keeps x in range: ||x||_q is size times relative.
   relative, h, unit = jnp.ones((), dtype), jnp.ones((), dtype), jnp.ones((), dtype)
@@ -289,7 +289,7 @@ def _closed_form(leaves: _Leaves, rho: jax.Array, p: float):
   return epsilons, size * relative / h / h
 
 
-_compiled_closed_form = jax.jit(_closed_form, static_argnames="p", inline=True)
+_compiled_closed_form = jax.jit(_closed_form, static_argnames="q", inline=True)
 # As it is, JAX 0.12 can't transpose a barrier of which some tangents are constants.
 _barrier = jax.custom_jvp(lax.optimization_barrier)
 

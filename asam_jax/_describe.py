@@ -108,11 +108,10 @@ def describe(
 
 def _described(rule: _g.LeafRule) -> LeafDescription:
   shape = tuple(getattr(rule.leaf, "shape", ()))
-  operator, axis = _g.built_in(rule.operator), None
-  if operator == "filterwise":
-    keywords = getattr(rule.operator, "keywords", {})
-    axis = _g.filter_axis_of(keywords.get("filter_axis", -1), len(shape))
-    operator = "elementwise" if axis is None else operator  # what it falls back to
+  operator = _g.built_in(rule.operator)
+  axis = _g.filter_axis_under(rule.operator, len(shape))
+  if operator == "filterwise" and axis is None:
+    operator = "elementwise"  # what it falls back to
   return LeafDescription(
       path=jtu.keystr(rule.path),
       shape=shape,

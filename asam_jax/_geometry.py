@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -116,6 +117,14 @@ def filter_axis_of(axis: int, rank: int) -> int | None:
   return axis % rank if is_kernel else None
 
 
+def filter_axis_under(operator: Operator, rank: int) -> int | None:
+  """The axis of a leaf's filters under an operator, or None where it has none."""
+  if built_in(operator) != "filterwise":
+    return None
+  keywords = getattr(operator, "keywords", {})
+  return filter_axis_of(keywords.get("filter_axis", -1), rank)
+
+
 def layerwise(w: jax.Array, eta: Any) -> jax.Array:
   r"""``T = ||w||_2 + eta``, one scalar per leaf.
 
@@ -210,14 +219,10 @@ def _cached_partial(function: Any, args: Any, *keywords: Any) -> Operator:
 
 def _of_shard(operator: Operator, split: _shards.Split) -> Operator:
   """The operator for a shard of a leaf: norms are over the whole leaf or filter."""
-  name = built_in(operator)
 
   def of_shard(w: jax.Array, eta: Any) -> Any:
-    axis = None
-    if name == "filterwise":
-      keywords = getattr(operator, "keywords", {})
-      axis = filter_axis_of(keywords.get("filter_axis", -1), jnp.ndim(w))
-    if name != "layerwise" and axis is None:
+    axis = filter_axis_under(operator, jnp.ndim(w))
+    if axis is None and built_in(operator) != "layerwise":
       return operator(w, eta)
     axes = None if axis is None else tuple(i for i in range(w.ndim) if i != axis)
     crossed = tuple(names for i, names in enumerate(split) if i != axis)
@@ -332,9 +337,9 @@ class Geometry:
   @property
   def q(self) -> float:
     """The exponent q of the dual norm, with 1/p + 1/q = 1."""
-    return float("inf") if self.p == 1 else 1.0 if np.isinf(self.p) else (
-        self.p / (self.p - 1)
-    )
+    if math.isinf(self.p):
+      return 1.0
+    return math.inf if self.p == 1 else self.p / (self.p - 1)
 
   def at(self, count: Any) -> Geometry:
     """The same at one step: a schedule eta becomes its value."""
