@@ -28,10 +28,6 @@ from asam_jax._describe import describe
 from asam_jax._describe import Description
 from asam_jax._describe import LeafDescription
 from asam_jax._functional import functional_value_and_grad
-from asam_jax._gates import above_average
-from asam_jax._gates import AboveAverageState
-from asam_jax._gates import Gate
-from asam_jax._gates import late
 from asam_jax._geometry import elementwise
 from asam_jax._geometry import filterwise
 from asam_jax._geometry import Geometry
@@ -46,6 +42,10 @@ from asam_jax._radius import RadiusRule
 from asam_jax._radius import rise_radius
 from asam_jax._skip_nonfinite import skip_nonfinite
 from asam_jax._skip_nonfinite import SkipNonfiniteState
+from asam_jax._sometimes import above_average
+from asam_jax._sometimes import AboveAverageState
+from asam_jax._sometimes import Gate
+from asam_jax._sometimes import late
 from asam_jax._sometimes import sometimes
 from asam_jax._sometimes import SometimesState
 from asam_jax._stochastic_rounding import stochastic_rounding
@@ -56,7 +56,8 @@ from asam_jax._value_and_grad import grad
 from asam_jax._value_and_grad import value_and_grad
 from asam_jax._verdict import radius_verdict
 from asam_jax._verdict import RadiusVerdict
-from asam_jax._version import __version__
+
+__version__ = "0.1.0"  # setup.cfg reads it, without importing JAX
 
 __all__ = [
     "AboveAverageState",

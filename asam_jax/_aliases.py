@@ -9,7 +9,6 @@ import optax
 from asam_jax import _arguments
 from asam_jax import _ascent
 from asam_jax import _combined
-from asam_jax import _gates
 from asam_jax import _geometry as _g
 from asam_jax import _sometimes
 from asam_jax import _two_passes
@@ -120,7 +119,7 @@ def ae_sam(
     <https://arxiv.org/abs/2304.14647>`_, 2023
   """
   link = _link(_ascent.from_geometry(rho, geometry), axis_name)
-  gate = _gates.above_average(threshold, decay)
+  gate = _sometimes.above_average(threshold, decay)
   return _two_passes.optimizer(base_tx, _sometimes.sometimes(link, gate))
 
 

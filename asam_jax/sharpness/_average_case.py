@@ -15,9 +15,9 @@ from jaxtyping import Float
 from jaxtyping import PRNGKeyArray
 
 from asam_jax import _arguments
+from asam_jax import _coordinates
 from asam_jax._coordinates import Coordinates
 from asam_jax._geometry import Geometry
-from asam_jax.sharpness import _balls
 
 
 class AverageCase(NamedTuple):
@@ -105,7 +105,7 @@ def average_case(
   coordinates = Coordinates.build(params, geometry)
   rho, p = coordinates.radius(rho), geometry.p
   _arguments.one_of("distribution", distribution, ("normal", "uniform"))
-  if distribution == "uniform" and not _balls.has_closed_form(p):
+  if distribution == "uniform" and not _coordinates.has_closed_form(p):
     raise ValueError(f"p={p!r} must be 1, 2 or inf for a uniform distribution.")
   _arguments.flag("antithetic", antithetic)
   samples = _arguments.count("samples", samples, 4 if antithetic else 2)
@@ -117,7 +117,7 @@ def average_case(
 
   def draw(key):
     if distribution == "uniform":
-      delta = _balls.uniform(coordinates, key, rho, p)
+      delta = _coordinates.uniform(coordinates, key, rho, p)
     else:
       delta = [rho * d for d in coordinates.normal(key)]
     value = at(delta)

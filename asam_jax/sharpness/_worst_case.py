@@ -19,10 +19,9 @@ from jaxtyping import PRNGKeyArray
 import optax
 
 from asam_jax import _arguments
+from asam_jax import _coordinates
 from asam_jax._coordinates import Coordinates
-from asam_jax._coordinates import perturbation
 from asam_jax._geometry import Geometry
-from asam_jax.sharpness import _balls
 
 _METHODS = ("apgd", "pga", "one_step")
 # Auto-PGD: the weight of the new step against momentum, and the share of steps
@@ -144,7 +143,7 @@ def worst_case(
     index, key = inputs
     start = [
         jnp.where(index == 0, 0, x)
-        for x in _balls.uniform(coordinates, key, rho, p)
+        for x in _coordinates.uniform(coordinates, key, rho, p)
     ]
     delta, value, values = _search(value_and_grad, start, rho, p, first, schedule)
     # L(w) as this same program computes it, so that no rounding looks like a rise.
@@ -165,7 +164,7 @@ def worst_case(
 
 def _check(method: Any, p: float, steps: Any, restarts: Any) -> None:
   _arguments.one_of("method", method, _METHODS)
-  if method != "one_step" and not _balls.has_closed_form(p):
+  if method != "one_step" and not _coordinates.has_closed_form(p):
     raise ValueError(
         f"p={p!r}: only the balls of p = 1, 2 and inf have a projection in closed"
         ' form; use one of these, or method="one_step", which takes every p.'
@@ -177,7 +176,7 @@ def _check(method: Any, p: float, steps: Any, restarts: Any) -> None:
 def _one_step(loss, coordinates: Coordinates, rho, geometry: Geometry) -> WorstCase:
   params, dtype = coordinates.params, coordinates.dtype
   clean, grads = jax.value_and_grad(loss, allow_int=True)(params)
-  epsilon = perturbation(grads, params, geometry, rho)
+  epsilon = _coordinates.perturbation(grads, params, geometry, rho)
   moved = optax.apply_updates(params, epsilon)
   value = jnp.asarray(loss(moved), dtype) - jnp.asarray(clean, dtype)
   return WorstCase(value, epsilon, value[None, None])
@@ -257,8 +256,8 @@ def _search(value_and_grad, start, rho, p, first_step, schedule: _Schedule):
 
 
 def _plain_step(now: _Point, step, rho, p):
-  direction = _balls.steepest(now.grads, step, p)
-  return _balls.project(jtu.tree_map(jnp.add, now.delta, direction), rho, p)
+  direction = _coordinates.steepest(now.grads, step, p)
+  return _coordinates.project(jtu.tree_map(jnp.add, now.delta, direction), rho, p)
 
 
 def _momentum_step(now: _Point, before, step, rho, p, index):
@@ -268,7 +267,7 @@ def _momentum_step(now: _Point, before, step, rho, p, index):
     mixed = x + _MOMENTUM * (new - x) + (1 - _MOMENTUM) * (x - old)
     return jnp.where(index == 0, new, mixed)
 
-  return _balls.project(jtu.tree_map(mix, now.delta, target, before), rho, p)
+  return _coordinates.project(jtu.tree_map(mix, now.delta, target, before), rho, p)
 
 
 def _adapt(progress: _Progress, gap, best):

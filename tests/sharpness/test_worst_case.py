@@ -11,10 +11,10 @@ import pytest
 from scipy import optimize
 
 import asam_jax
+from asam_jax import _coordinates
 from asam_jax import Geometry
 from asam_jax import sharpness
 from asam_jax._coordinates import Coordinates
-from asam_jax.sharpness import _balls
 from asam_jax.sharpness import _worst_case
 from tests import problems
 from tests.sharpness import cases
@@ -231,7 +231,7 @@ def test_projection_is_the_nearest_point(p):
   point = [jnp.array(rng.normal(size=(2, 2))), jnp.array(rng.normal(size=3))]
   flat = np.concatenate([np.ravel(x) for x in point])
   norm = lambda x: np.linalg.norm(x, p)
-  projected = _balls.project(point, 1.0, p)
+  projected = _coordinates.project(point, 1.0, p)
   found = np.concatenate([np.ravel(x) for x in projected])
   assert norm(found) <= 1 + 1e-6
   # In twice the variables, x = a - b with a, b >= 0, each ball is smooth.
@@ -247,7 +247,7 @@ def test_projection_is_the_nearest_point(p):
       method="SLSQP", options={"ftol": 1e-12, "maxiter": 500})
   np.testing.assert_allclose(found, best.x[:n] - best.x[n:], atol=1e-4)
   inside = [x / 10 for x in point]
-  for a, b in zip(_balls.project(inside, 1.0, p), inside, strict=True):
+  for a, b in zip(_coordinates.project(inside, 1.0, p), inside, strict=True):
     np.testing.assert_array_equal(a, b)
 
 
@@ -256,7 +256,7 @@ def test_slope_of_the_projection(p):
   with problems.enable_x64(True):
     rng = np.random.default_rng(1)
     x, direction, weights = rng.normal(size=(3, 6))
-    at = lambda x: weights @ _balls.project([x], 1.0, p)[0]
+    at = lambda x: weights @ _coordinates.project([x], 1.0, p)[0]
     slope = jax.jit(jax.grad(at))(x) @ direction
     h = 1e-6
     run = jax.jit(at)
@@ -267,7 +267,7 @@ def test_slope_of_the_projection(p):
 @pytest.mark.parametrize("point", [[1.0, 1.0, -1.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
 @pytest.mark.parametrize("rho", [0.0, 1.5])
 def test_projection_onto_a_diamond_with_ties(point, rho):
-  found = _balls.project([jnp.array(point)], rho, 1)[0]
+  found = _coordinates.project([jnp.array(point)], rho, 1)[0]
   length = np.abs(point).sum()
   expected = np.array(point) * min(1, rho / max(length, 1e-9))  # ties shrink alike
   np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -276,7 +276,7 @@ def test_projection_onto_a_diamond_with_ties(point, rho):
 @pytest.mark.parametrize("p", [1, 2, math.inf])
 def test_uniform_draws_fill_the_ball(p):
   coordinates = Coordinates.build(jnp.ones(3), Geometry(normalization="none"))
-  draw = lambda k: _balls.uniform(coordinates, k, 2.0, p)[0]
+  draw = lambda k: _coordinates.uniform(coordinates, k, 2.0, p)[0]
   points = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 4000))
   lengths = np.linalg.norm(np.asarray(points), ord=p, axis=1)
   # P(length <= r) = (r / 2)^3 for any norm; the quartiles of 4000 draws.
