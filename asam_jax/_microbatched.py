@@ -63,7 +63,8 @@ def microbatched(
       examples' weights, for a ``fun`` that is a weighted mean, the result is the
       weighted mean over the batch, whatever microbatch the examples are in: padding
       has weight 0. What ``fun`` gives for a microbatch of weight 0 is dropped, NaN
-      or not. If all weights are 0, so is the result.
+      or not. If all weights are 0, so is the result. (In ``shard_map`` the batch is
+      the device's; for a weighted mean over devices see docs/many_devices.md.)
 
   Returns:
     A function with the arguments and results of ``fun``.
@@ -250,14 +251,17 @@ def _weighted(x: jax.Array, weight: jax.Array | None) -> jax.Array:
 
 def _start(shape: Any) -> jax.Array:
   if jnp.issubdtype(shape.dtype, jnp.integer):
-    return jnp.zeros(shape.shape, shape.dtype)
-  if not jnp.issubdtype(shape.dtype, jnp.floating):
+    dtype = shape.dtype
+  elif jnp.issubdtype(shape.dtype, jnp.floating):
+    dtype = jnp.promote_types(shape.dtype, jnp.float32)
+  else:
     raise TypeError(
         f"a result of dtype {shape.dtype} has no mean over microbatches; return"
         " floats, which are averaged, or integers, which are added up."
     )
-  dtype = jnp.promote_types(shape.dtype, jnp.float32)
-  return vary_as(jnp.zeros(shape.shape, dtype), shape)
+  sharding = getattr(shape, "sharding", None)  # which explicit meshes have
+  placed = sharding if any(getattr(sharding, "spec", ())) else None
+  return vary_as(jnp.zeros(shape.shape, dtype, device=placed), shape)
 
 
 def _finish(total: jax.Array, dtype: Any, weight: Any) -> jax.Array:

@@ -1,6 +1,8 @@
 """Microbatches of a sharded batch: each device keeps its rows; and weights."""
 
+import contextlib
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -20,7 +22,7 @@ LARGE = {"x": X, "y": np.sin(X.sum(1))}  # the work on rows outweighs all other
 LARGE_SIZE = 512
 BATCH = jax.tree.map(lambda x: x[:ROWS], LARGE)
 # The first examples are real, the last are padding; in between are other weights.
-WEIGHTS = np.float32(np.r_[np.ones(20), RNG.uniform(0.5, 2, 20), np.zeros(24)])
+WEIGHTS: Any = np.float32(np.r_[np.ones(20), RNG.uniform(0.5, 2, 20), np.zeros(24)])
 W = {
     "kernel": np.float32(0.2 * RNG.normal(size=(32, 16))),
     "bias": np.float32(0.1 * RNG.normal(size=16)),
@@ -97,6 +99,42 @@ def test_a_size_that_devices_can_not_share():
   auto = devices.make_mesh((DEVICES,), ("data",), "Auto")
   args = devices.place(W, auto, Spec()), devices.place(BATCH, auto, Spec("data"))
   close(jax.device_get(jax.jit(fun)(*args)), jax.jit(jax.grad(loss))(W, BATCH))
+
+
+def placed(mesh, whole, spec):
+  """The loss, and all its arguments, with parameters sharded as ``spec`` says."""
+  if whole:  # explicit meshes want to be told that parameters are gathered
+    gather = lambda w: jax.tree.map(lambda x: jax.sharding.reshard(x, Spec()), w)  # noqa: E731
+    fun = lambda w, batch, v: weighted(gather(w), batch, v)  # noqa: E731
+  else:
+    fun = weighted
+  rows = devices.place({"batch": BATCH, "v": WEIGHTS}, mesh,
+                       {"batch": Spec("data"), "v": Spec("data")})
+  return fun, (devices.place(W, mesh, spec), rows["batch"], rows["v"])
+
+
+@MESHES
+@pytest.mark.parametrize("spec", [Spec(), Spec("data")], ids=["whole", "FSDP"])
+@pytest.mark.parametrize("weights", [None, total])
+def test_sharded_parameters_and_weights(weights, spec, kind):
+  """Sums over the microbatches are placed as the results are."""
+  mesh = devices.make_mesh((DEVICES,), ("data",), kind)
+  fun, args = placed(mesh, kind == "Explicit", spec)
+  split = functools.partial(
+      asam_jax.microbatched, size=16, argnums=(1, 2), weights=weights)
+  ones = np.ones_like(WEIGHTS)
+  if weights is None:
+    args = *args[:2], jax.device_put(ones, args[2].sharding)
+  v = ones if weights is None else WEIGHTS
+  within = jax.set_mesh(mesh) if kind == "Explicit" else contextlib.nullcontext()
+  with within:
+    got = jax.jit(asam_jax.value_and_grad(fun, accumulate=split))(*args)
+    each = jax.jit(split(asam_jax.grad(fun)))(*args)
+  close(jax.device_get(got), jax.jit(asam_jax.value_and_grad(weighted))(W, BATCH, v))
+  close(jax.device_get(each), jax.jit(split(asam_jax.grad(weighted)))(W, BATCH, v))
+  if kind == "Explicit":
+    for grad, w in zip(*map(jax.tree.leaves, (got[1], args[0])), strict=True):
+      assert grad.sharding.is_equivalent_to(w.sharding, w.ndim)
 
 
 # Weights: the gradient of the real examples alone, wherever they are.
