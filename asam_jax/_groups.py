@@ -88,15 +88,17 @@ def each(
     params: Any,
     others: Any,
     axis_name: Any,
+    param_specs: Any,
 ) -> tuple[Any, ...]:
   """The mean of ``step(args, kwargs) -> (result, grads, ...)`` over all groups.
 
   ``place`` is the batch's; ``params`` are what is differentiated, and ``others`` what
   must not have its rows. The gradient and the info are averaged over the devices of
-  ``axis_name`` as well.
+  ``axis_name`` as well. The first leaf of the result is the loss.
   """
   (batch,) = _microbatched.chosen(args, (place,))
   _check_rows(m, batch, others)
+  _mesh.check_own_rows(m, batch, params, axis_name, param_specs)
 
   def of_all(args, kwargs):
     batch = args[place]
@@ -114,6 +116,7 @@ def each(
   rest = rest[:len(rest) - len(info)]
   bad = [jnp.minimum(one.nonfinite_steps, 1) for one in info]
   if axis_name is not None:
+    _mesh.check_own_loss(jax.tree.leaves(result)[0], axis_name)
     grads, rest, info = _mesh.mean((grads, rest, info), axis_name)
     bad = lax.pmax(bad, axis_name) if bad else []
   info = [one._replace(nonfinite_steps=b) for one, b in zip(info, bad, strict=True)]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from asam_jax import _arguments
 from asam_jax import _ascent
+from asam_jax._shards import axes_in
 from asam_jax._shards import varying
 
 
@@ -55,6 +56,44 @@ def check_own(grads: Any, axis_name: Any) -> None:
             f" jax.grad(loss)({cast}, batch), or take asam_jax.value_and_grad, which"
             " does so. For one ascent for all devices give average_ascent=True."
         )
+
+
+def check_own_loss(value: Any, axis_name: Any) -> None:
+  """Raises if the type tells that a loss, taken at own parameters, is no device's own.
+
+  The gradient of a mean over N devices is, on each of them, an N-th of its own.
+  """
+  for axis in axes_of(axis_name):
+    if axis in varying(lax.axis_index(axis)) and axis not in varying(value):
+      raise ValueError(
+          f"the loss is the same on all devices of axis_name={axis!r}, so it has a"
+          " jax.lax.pmean or psum in it, and each device's gradient is but a share of"
+          " its own, whose mean is too small. Let the loss be of the device's own rows,"
+          " and average the value behind it; or, for one ascent for all devices, leave"
+          " the pmean where it is and axis_name out."
+      )
+
+
+def check_own_rows(
+    m: int, batch: Any, params: Any, axis_name: Any, param_specs: Any
+) -> None:
+  """Raises if devices with rows of their own would share a group's perturbation.
+
+  As the types tell: along an axis over which rows differ, but not the parameters, a
+  checked ``shard_map`` sums gradients; and shards can't each go their own way.
+  """
+  named = () if axis_name is None else axes_of(axis_name)
+  rows = frozenset().union(*map(varying, jax.tree.leaves(batch))) - set(named)
+  shared = [rows - varying(w) for w in jax.tree.leaves(params)]
+  found = frozenset().union(*shared, rows & set(axes_in(param_specs)))
+  if found:
+    raise ValueError(
+        f"m_sharpness={m} with axis_name={axis_name!r}, inside a shard_map whose"
+        f" devices have different rows along {sorted(found, key=str)}: they would share"
+        f" each perturbation, which so were one for more than {m} rows. Name these axes"
+        " in axis_name; where they have different shards of the parameters, shard under"
+        " jit, without shard_map."
+    )
 
 
 def mean(tree: Any, axis_name: Any) -> Any:

@@ -20,6 +20,7 @@ def each(
     place: int,
     params: Any,
     axis_name: Any,
+    param_specs: Any,
 ) -> tuple[Any, ...]:
   """The mean of ``step(args, kwargs) -> (result, grads, ...)`` over all groups.
 
@@ -44,7 +45,7 @@ def each(
 
   others = jax.tree.map(_without_modules, [rest, kwargs], is_leaf=_is_module)
   (result, told), *others = _groups.each(
-      of_group, m, [before, batch], {}, 1, params, others, axis_name
+      of_group, m, [before, batch], {}, 1, params, others, axis_name, param_specs
   )
   groups = jax.tree.leaves(batch)[0].shape[0] // m
   after = list(before)

@@ -125,6 +125,8 @@ def two_passes(
       f"the result of {source}", perturbed.grads, params, same_dtype=True,
       remedy="return the gradient with respect to params, cast to their dtypes.",
   )
+  if axis_name is not None and perturbed.value is not None:
+    _mesh.check_own_loss(perturbed.value, axis_name)
   if rules:
     ascent_state = _radius.after_both(rules, ascent_state, params, clean, perturbed)
   grads = perturbed.grads
@@ -177,6 +179,7 @@ def perturbed_gradient(
       the device's own, and each device ascends along it (m-sharpness, one all-reduce
       a step). In a ``shard_map`` that checks what varies, take it at parameters that
       vary: ``jax.grad(loss)(jax.lax.pcast(params, axis_name, to="varying"), batch)``.
+      So with ``grad_fn``, whose parameters vary; no ``pmean`` may stand in its loss.
       What the state keeps is the mean over the devices, and the same on each. Under
       ``jit`` with sharded arrays leave it None.
     average_ascent: whether the ascent gradient is averaged over ``axis_name`` too:

@@ -97,6 +97,7 @@ def value_and_grad(
     axis_name: for ``pmap`` and ``shard_map``, the mesh axis (or axes) over which the
       returned gradient is averaged; value and aux stay the device's own. Replicated
       parameters go in as they are, whether or not ``shard_map`` checks what varies.
+      The loss is the device's own, too, without a ``pmean`` or ``psum`` in it.
     average_ascent: whether the ascent gradient is averaged over ``axis_name`` too:
       one perturbation for all devices, and two all-reduces. By default each device
       ascends on its own share of the batch (m-sharpness).
@@ -177,7 +178,8 @@ def value_and_grad(
     taken = {place, *(number % len(args) for number in numbers)}
     others = [None if i in taken else x for i, x in enumerate(args)], kwargs
     results = _groups.each(
-        step_at, m_sharpness, args, kwargs, place, params, others, axis_name
+        step_at, m_sharpness, args, kwargs, place, params, others, axis_name,
+        param_specs,
     )
     _two_passes.mark_perturbed(results[1])
     return results

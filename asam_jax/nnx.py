@@ -176,7 +176,7 @@ def value_and_grad(
     if axis_name is not None:
       nnx.update(args[place], _mesh.own(params, axis_name))
     results = _nnx_groups.each(
-        step_at, m_sharpness, args, kwargs, at, params, axis_name
+        step_at, m_sharpness, args, kwargs, at, params, axis_name, param_specs
     )
     nnx.update(args[place], params)
     _two_passes.mark_perturbed(results[1])

@@ -109,6 +109,16 @@ def test_weights(page, suffix):
   close((page[f"value_{suffix}"], page[f"grads_{suffix}"]), expected)
 
 
+def test_weights_with_a_perturbation_for_each_group(page):
+  """The page's groups of 8 are real or padding as a whole."""
+  fun = jax.jit(asam_jax.value_and_grad(page["loss"], rho=0.5))
+  rows = [jax.tree.map(lambda x, i=i: x[i : i + 8], page["examples"])
+          for i in range(0, 40, 8)]
+  results = [fun(page["start"], each) for each in rows]
+  expected = jax.tree.map(lambda *xs: np.mean(np.array(xs), 0), *results)
+  close((page["value_g"], page["grads_g"]), expected)
+
+
 def test_links():
   for link in re.findall(r"\]\(([^)#:]+)\)", PAGE):
     assert (Path(__file__).parent.parent / "docs" / link).exists()
