@@ -35,7 +35,6 @@ nb_execution_mode = "off"  # the notebooks' outputs are committed, and checked a
 
 # API pages, from the docstrings.
 autodoc_typehints = "signature"
-autodoc_preserve_defaults = True
 napoleon_attr_annotations = False
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -106,6 +105,14 @@ def external(app, env, node, contnode):
   return link
 
 
+def link_pictures(app, doctree):
+  """Pictures of results have much in them: each leads to itself in full size."""
+  del app
+  for picture in doctree.findall(nodes.image):
+    if "results/" in picture["uri"]:
+      picture.setdefault("width", "100%")  # what Sphinx shrinks, it links
+
+
 def copy_notebooks(app):
   """Sphinx reads what lies under docs; the notebooks live with the examples."""
   del app
@@ -118,4 +125,5 @@ def copy_notebooks(app):
 
 def setup(app):
   app.connect("builder-inited", copy_notebooks)
+  app.connect("doctree-read", link_pictures)
   app.connect("missing-reference", external)

@@ -391,9 +391,9 @@ def mean_step(gradients):
   return jax.tree.map(lambda w, a, b: w - 0.1 * (a + b) / 2, W, *gradients)
 
 
-@row("`MultiSteps` inside", "yes", """`adaptive_sam(MultiSteps(base_tx, k)
-     .gradient_transformation())`: one perturbation for each micro-batch
-     (m-sharpness), and a step after k of them.""")
+@row("`MultiSteps` inside", "yes", """As the base:
+     `adaptive_sam(MultiSteps(base_tx, k).gradient_transformation())`. One perturbation
+     for each micro-batch (m-sharpness), and a step after k of them.""")
 def test_multi_steps_inside():
   inner = optax.MultiSteps(SGD, 2).gradient_transformation()
   expected = mean_step([perturbed(W, gradient=micro_gradient(i)) for i in range(2)])
@@ -481,8 +481,8 @@ def test_contrib_sam():
 
 @row("`microbatching.microbatch`", "yes", """Around `grad_fn` and the incoming gradient,
      as `accumulate` of `value_and_grad` (one perturbation for the batch), or around
-     `asam_jax.value_and_grad(loss)` (one per microbatch), with `accumulator=
-     AccumulationType.MEAN`. `asam_jax.microbatched` takes its place with older Optax
+     `asam_jax.value_and_grad(loss)` (one per microbatch), with the accumulator
+     `AccumulationType.MEAN`. `asam_jax.microbatched` takes its place with older Optax
      versions, adds up in float32, and takes integer results.""")
 def test_microbatching():
   gradient = optax.microbatching.microbatch(
