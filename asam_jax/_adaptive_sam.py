@@ -57,10 +57,11 @@ def adaptive_sam(
 
   Args:
     base_tx: the optimizer that makes the step from the gradient at w + epsilon.
-    rho: the radius; a number, a traced scalar or a schedule. It depends on which
-      leaves are normalized: with the default selection 0.5 is the paper's best on
-      CIFAR-10 and 1.0 on CIFAR-100; with every leaf normalized it is about 2.
-    eta: the stabilizer; likewise.
+    rho: the radius; a number, a traced scalar, a schedule, or a rule such as
+      :func:`asam_jax.auto_radius`. Its size depends on which leaves are normalized:
+      with the default selection 0.5 is the paper's best on CIFAR-10 and 1.0 on
+      CIFAR-100; with every leaf normalized it is about 2.
+    eta: the stabilizer; a number, a traced scalar or a schedule.
     p: the norm's exponent, a number in [1, inf].
     normalization: the operator T_w; see :func:`asam_jax.ascent`.
     normalize: the leaves that get T_w; see :func:`asam_jax.ascent`.
@@ -141,7 +142,8 @@ def sam(
 
   Args:
     base_tx: the optimizer that makes the step from the gradient at w + epsilon.
-    rho: the radius, in the unit of the weights; the paper's is 0.05 on CIFAR-10.
+    rho: the radius, in the unit of the weights; the paper's is 0.05 on CIFAR-10. See
+      :func:`asam_jax.ascent`.
     p: the norm's exponent, a number in [1, inf].
     perturb: the leaves that are perturbed; see :func:`asam_jax.ascent`.
     param_specs: for parameters that are sharded by hand inside ``shard_map``; see
