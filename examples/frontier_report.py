@@ -83,7 +83,7 @@ def table(rows: Sequence[Row]) -> str:
   return summary.markdown(header, [
       [
           methods.METHODS[row.method].label,
-          f"{row.rho:g}",
+          "auto" if row.method == "auto" else f"{row.rho:g}",
           summary.show(row.mean, row.error, digits=2),
           row.runs,
           summary.optional(100 * row.share, ".0f", " %"),
@@ -206,7 +206,7 @@ def write(
            "Made by `python -m examples.frontier`; see its `--help`. Of the test"
            " accuracies: mean ± standard error of the mean over the runs."]
   for (network, noise), rows in tasks.items():
-    parts += [f"## {network}, {100 * noise:g} % wrong labels", table(rows)]
+    parts += [f"## {network.upper()}, {100 * noise:g} % wrong labels", table(rows)]
     if radii := rho_table(outcomes, (network, noise)):
       parts += ["Validation accuracy (%, wrong labels included) against rho:", radii]
   if steps:

@@ -12,6 +12,8 @@ from examples import summary
 
 CHOSEN_ON = "mlp"  # the default target comes from its cells, which are no evidence
 NORMS = {"2": "2", "inf": "∞"}
+NAMES = {"mlp": "MLP", "cnn": "CNN", "batch_norm_mlp": "MLP with batch norm",
+         "transformer": "transformer"}
 
 
 class Result(NamedTuple):
@@ -31,7 +33,8 @@ class Result(NamedTuple):
   def title(self) -> str:
     network, noise, normalization, p = self.cell
     labels = f"{100 * noise:g} % wrong" if noise else "clean"
-    return f"{network}, {labels}, {normalization}, p = {NORMS.get(p, p)}"
+    name = NAMES.get(network, network)
+    return f"{name}, {labels}, {normalization}, p = {NORMS.get(p, p)}"
 
   @property
   def gain(self) -> float:
@@ -98,7 +101,7 @@ def shares(found: Sequence[Result], index: int | None) -> list[float]:
 
 
 def verdict(found: Sequence[Result]) -> str:
-  """What the rule reaches, in sentences."""
+  """What the rule reaches, as a list."""
   judged = [one for one in found if one.cell[0] != CHOSEN_ON] or list(found)
   lines = []
   for index, target in enumerate(found[0].targets):
@@ -110,16 +113,16 @@ def verdict(found: Sequence[Result]) -> str:
     ]
     total = sum(one.auto[index][0] - one.plain[0] for one in judged)
     lines.append(
-        f"c = {target:g}: {100 * np.mean(got) if got else np.nan:.0f} % of the tuned"
+        f"- c = {target:g}: {100 * np.mean(got) if got else np.nan:.0f} % of the tuned"
         f" radius's gain, mean of the {len(got)} cells where it is above twice its"
         f" error; {100 * total / sum(one.gain for one in judged):.0f} % of the sum of"
         f" gains over all {len(judged)}; worse than plain by more than the error:"
-        f" {', '.join(worse) or 'none'}."
+        f" {'; '.join(worse) or 'none'}."
     )
   best = shares(judged, None)
   if best:
     lines.append(
-        f"Best of the three on the validation split: {100 * np.mean(best):.0f} %, the"
+        f"- Best of the three on the validation split: {100 * np.mean(best):.0f} %, the"
         f" least {100 * min(best):.0f} %."
     )
   return "\n".join(lines)
@@ -147,7 +150,8 @@ def plot(found: Sequence[Result], path: pathlib.Path) -> None:
         axis = axes[row, column]
         _panel(axis, here, auto)
         labels = f"{100 * noise:g} % wrong labels" if noise else "clean labels"
-        axis.set_title(f"{network}, {labels}" if not auto else "auto_radius")
+        title = f"{NAMES.get(network, network)}, {labels}"
+        axis.set_title("auto_radius" if auto else title)
         if not column:
           axis.set_ylabel("test accuracy in %")
     handles = {}
@@ -187,7 +191,7 @@ def write(folder: pathlib.Path, rows: Sequence[records.Row]) -> str:
       f"Test accuracy in % of the last epoch, ± one standard error over"
       f" {found[0].runs} seeds; {row['config']['epochs']} epochs, batch"
       f" {row['config']['batch_size']}; {row['device']}, {row['cores']} cores,"
-      f" {row['date']}, {row['versions']}."
+      f" {row['date']}, jax {row['versions']['jax']}. c: the target of the cosine."
   )
   text = f"{table(found)}\n\n{about}\n\n{verdict(found)}\n"
   records.replace(folder / "radius.md", text)

@@ -100,7 +100,7 @@ def test_table_of_radii():
   for line in lines:
     label, _, cells = line.removeprefix("| ").partition(" | ")
     method, _, network = label.rpartition(", ")
-    section = sections[f"{network.lower()}, 40 % wrong labels"]
+    section = sections[f"{network}, 40 % wrong labels"]
     assert f"\n| {method} | {cells}" in section.split("Validation accuracy")[1], label
 
 
