@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tests import pages
+from tools import home
 
 DOCS = pages.ROOT / "docs"
 PAGES = sorted(
@@ -99,3 +100,14 @@ def test_no_page_has_an_invented_address():
     return
   for page in PAGES + OTHERS:
     assert not re.search(r"(github|gitlab)\.com/[\w-]+/asam_jax", read(page)), page
+
+
+def test_the_address_is_one_setting(tmp_path, monkeypatch):
+  monkeypatch.setattr(home, "ROOT", tmp_path)
+  settings = tmp_path / "setup.cfg"
+  settings.write_text("[metadata]\nname = asam_jax\n# url = https://...\n")
+  assert home.url() == ""
+  assert home.requirement("nnx") == "asam_jax[nnx]"
+  settings.write_text("[metadata]\nurl = https://example.org/asam_jax/\n")
+  assert home.url() == "https://example.org/asam_jax"
+  assert home.requirement("nnx") == "asam_jax[nnx] @ git+https://example.org/asam_jax"

@@ -3,7 +3,7 @@
     python -m tools.home
 
 prints it, or nothing while it is not filled. What shows an address asks here: the
-site's buttons and the install cells of the notebooks.
+site's button and the install cells of the notebooks.
 """
 
 import configparser

@@ -3,9 +3,9 @@
 A notebook is a pair. The ``.py``, in jupytext's percent format, is what people edit and
 review; the ``.ipynb`` has the outputs, and is made from it:
 
-    python tools/notebooks.py                       # check every pair, as CI does
-    python tools/notebooks.py --write               # make every .ipynb anew
-    python tools/notebooks.py --write 4_sharpness   # or one
+    python -m tools.notebooks                       # check every pair, as CI does
+    python -m tools.notebooks --write               # make every .ipynb anew
+    python -m tools.notebooks --write 4_sharpness   # or one
 
 Either way the code runs in a fresh kernel, and an error, a warning or anything else on
 the standard error fails. A check also fails where pair and notebook differ, and where
@@ -41,12 +41,13 @@ import nbformat
 import numpy as np
 from PIL import Image
 
+from tools import home
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "examples/notebooks"
 CACHE = ROOT / "runs/notebooks"
-# Where the notebooks' first cell installs the package from: its name on the index, or
-# "asam_jax[...] @ git+URL" once there is one. --write puts it into every notebook.
-REQUIREMENT = "asam_jax[examples,nnx,sharpness]"
+# What the notebooks' first cell installs. --write puts it into every notebook.
+REQUIREMENT = home.requirement("examples,nnx,sharpness")
 SECONDS = 60  # on two cores
 BYTES = 300_000
 AROUND = ("flax", "ipykernel", "jax", "jaxlib", "matplotlib", "numpy", "optax",
