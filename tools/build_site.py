@@ -3,7 +3,7 @@
     python -m tools.build_site
 
 writes it to ``build/site``; open ``build/site/index.html``. It needs the extra
-``asam_jax[docs,nnx,sharpness]`` and no network.
+``asam_jax[docs]`` and no network.
 """
 
 import argparse
