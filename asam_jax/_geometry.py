@@ -342,7 +342,14 @@ class Geometry:
     return math.inf if self.p == 1 else self.p / (self.p - 1)
 
   def at(self, count: Any) -> Geometry:
-    """The same at one step: a schedule eta becomes its value."""
+    """The same at one step: a schedule eta becomes its value.
+
+    Args:
+      count: the step, which the schedule is called with.
+
+    Returns:
+      A geometry whose eta is no schedule.
+    """
     if not callable(self.eta):
       return self
     return dataclasses.replace(self, eta=self.eta(count))

@@ -65,6 +65,20 @@ def test_the_arguments_described_are_those_of_the_signature(name):
       assert f"\n{title}\n" in doc, f"{name}.{each} has no section {title}"
 
 
+def test_the_arguments_of_methods_are_described():
+  methods = re.findall(r":: ([\w.]+)\n +:members: (.+)", TEXT)
+  assert methods
+  for entry, members in methods:
+    cls = getattr(asam_jax, entry.removeprefix("asam_jax."))
+    for each in members.split(", "):
+      method = inspect.getattr_static(cls, each)
+      doc = inspect.getdoc(method)
+      assert doc, f"{entry}.{each}"
+      if inspect.isfunction(method):
+        _, *arguments = inspect.signature(method).parameters
+        assert section(doc, "Args") == arguments, f"{entry}.{each}"
+
+
 @pytest.mark.parametrize("name", NEEDS)
 def test_the_attributes_described_are_the_fields(name):
   module = module_of(name)
