@@ -28,33 +28,48 @@ BATCH = {"x": X, "y": np.sin(X[:, :8])}
 LEAVES = len(jax.tree.leaves(START))
 
 
+def loss(w, batch, project=jnp.matmul):
+  hidden = jnp.tanh(batch["x"] @ w["in"]["kernel"] + w["in"]["bias"])
+  out = project(hidden, w["out"]["kernel"]) + w["out"]["bias"]
+  return jnp.mean((out - batch["y"]) ** 2)
+
+
+# On explicit meshes a loss says itself what can be sharded in two ways.
+
+
+def gathered_loss(w, batch):
+  return loss(jax.tree.map(lambda x: jax.sharding.reshard(x, Spec()), w), batch)
+
+
+def tensor_loss(w, batch):
+  rows: Any = {"out_sharding": Spec("data", None)}
+  return loss(w, batch, functools.partial(jnp.matmul, **rows))
+
+
 class Layout(NamedTuple):
   """A mesh, and the place of each parameter on it; the batch is along "data"."""
 
   kind: str
   shape: dict[str, int]
   specs: Any
-  gathers: bool = False  # whether the loss says itself that parameters are gathered
+  loss: Any = loss
 
 
 WHOLE = jax.tree.map(lambda w: Spec(), START)
 SHARDED = jax.tree.map(lambda w: Spec("data"), START)
+TENSOR = {
+    "in": {"kernel": Spec(None, "model"), "bias": Spec("model")},
+    "out": {"kernel": Spec("model"), "bias": Spec()},
+}
 LAYOUTS = {
     "data parallel": Layout("Auto", {"data": 8}, WHOLE),
     "data parallel, explicit": Layout("Explicit", {"data": 8}, WHOLE),
     "FSDP": Layout("Auto", {"data": 8}, SHARDED),
-    "FSDP, explicit": Layout("Explicit", {"data": 8}, SHARDED, gathers=True),
-    "data x tensor": Layout("Auto", {"data": 4, "model": 2}, {
-        "in": {"kernel": Spec(None, "model"), "bias": Spec("model")},
-        "out": {"kernel": Spec("model"), "bias": Spec()},
-    }),
+    "FSDP, explicit": Layout("Explicit", {"data": 8}, SHARDED, gathered_loss),
+    "data x tensor": Layout("Auto", {"data": 4, "model": 2}, TENSOR),
+    "data x tensor, explicit": Layout(
+        "Explicit", {"data": 4, "model": 2}, TENSOR, tensor_loss),
 }
-
-
-def loss(w, batch):
-  hidden = jnp.tanh(batch["x"] @ w["in"]["kernel"] + w["in"]["bias"])
-  out = hidden @ w["out"]["kernel"] + w["out"]["bias"]
-  return jnp.mean((out - batch["y"]) ** 2)
 
 
 class Method(NamedTuple):
@@ -86,10 +101,6 @@ METHODS = {
     "auto_radius": Method(asam_jax.adaptive_sam(base(), asam_jax.auto_radius()), 2),
     "value_and_grad": Method(base(), 2, asam_jax.value_and_grad, False),
 }
-
-
-def gathered_loss(w, batch):
-  return loss(jax.tree.map(lambda x: jax.sharding.reshard(x, Spec()), w), batch)
 
 
 def step_of(method, loss):
@@ -145,12 +156,12 @@ def on_one_device(name):
 
 @functools.cache
 def on(layout, name):
-  kind, shape, specs, gathers = LAYOUTS[layout]
+  kind, shape, specs, loss = LAYOUTS[layout]
   mesh = devices.make_mesh(tuple(shape.values()), tuple(shape), kind)
   with jax.set_mesh(mesh) if kind == "Explicit" else contextlib.nullcontext():
     params = devices.place(START, mesh, specs)
     batch = devices.place(BATCH, mesh, Spec("data"))
-    return train(METHODS[name], params, batch, gathered_loss if gathers else loss)
+    return train(METHODS[name], params, batch, loss)
 
 
 def arrays(tree):
