@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -171,6 +172,41 @@ def test_what_the_library_may_take():
     assert "mlp, 4 chips, sam:" in found
   # What is not ours may take what it wants.
   assert report.violations([by_hand, row("optax.contrib.sam", flops=200.0)]) == []
+
+
+def kept():
+  """The rows of all compiled steps that are kept, by (part, chips, method)."""
+  lines = [line for path in (ROOT / "results" / "pod").glob("*.jsonl")
+           for line in path.read_text().splitlines()]
+  rows = [each for each in map(json.loads, lines) if "method" in each]
+  return {(each["part"], each["chips"], each["method"]): each for each in rows}
+
+
+def test_what_is_kept_takes_no_more():
+  rows = kept()
+  assert {part for part, *_ in rows} == {"mlp", "resnet", "transformer"}
+  assert report.violations(list(rows.values())) == []
+
+
+def test_the_page_has_what_is_kept():
+  page = (ROOT / "docs" / "many_devices.md").read_text()
+  table = page.split("| Network, and examples a chip |")[1].split("\n\n")[0]
+  rows, above, method, compared = kept(), ["", ""], "", 0
+  for line in table.splitlines()[2:]:
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    above = [cell or old for cell, old in zip(cells[:2], above, strict=True)]
+    network, chips = above
+    part = re.split(r"\W", network)[0].lower()
+    method = (cells[2] or method).replace("`", "").replace(", an ascent", ",")
+    for count in map(int, chips.split(", ")):
+      found = rows[part, count, method]
+      by_hand = rows[part, count, found["by_hand"]]
+      names = ["flops", "bytes_accessed", "temporary_bytes"]
+      ratios = [f"{found[name] / by_hand[name]:.3f}" for name in names]
+      sums = [sum(map(len, one["collectives"].values())) for one in (found, by_hand)]
+      assert [*ratios, "{} and {}".format(*sums)] == cells[3:], (part, count, method)
+      compared += 1
+  assert compared >= 18
 
 
 def test_extrapolation_is_along_a_line():
