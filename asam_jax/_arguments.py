@@ -232,6 +232,8 @@ def tree_like(
   for (path, x), w in zip(
       jtu.tree_leaves_with_path(tree), jtu.tree_leaves(like), strict=True
   ):
+    if not (hasattr(w, "dtype") or isinstance(w, (int, float, complex))):
+      raise _no_array(name, path, w)
     dtype = getattr(x, "dtype", type(x) if isinstance(x, (int, float)) else None)
     if dtype is None or jnp.shape(x) != jnp.shape(w) or (
         is_float(w) and not (dtype == w.dtype if same_dtype else is_float(x))
@@ -249,8 +251,7 @@ def arrays(argument: str, tree: Any, finite: bool = False) -> Any:
   if not pairs:
     raise TypeError(f"{argument}={_shown(tree)} has no arrays; give a pytree of them.")
   for path, x in pairs:
-    is_array = hasattr(x, "dtype") or isinstance(x, (int, float, complex))
-    if not is_array or jnp.issubdtype(dtype_of(x), jnp.complexfloating):
+    if not _is_array(x) or jnp.issubdtype(dtype_of(x), jnp.complexfloating):
       raise TypeError(
           f"{argument}{jtu.keystr(path)} is {_shown(x)}; give a pytree of real arrays."
       )
@@ -263,7 +264,7 @@ def arrays(argument: str, tree: Any, finite: bool = False) -> Any:
 def all_arrays(argument: str, tree: Any) -> Any:
   """Raises unless all leaves are arrays or numbers."""
   for path, x in jtu.tree_leaves_with_path(tree):
-    if not (hasattr(x, "dtype") or isinstance(x, (int, float, complex))):
+    if not _is_array(x):
       raise _no_array(argument, path, x)
   return tree
 
@@ -387,6 +388,10 @@ def is_concrete(value: Any) -> bool:
   return not traced and getattr(value, "is_fully_addressable", True)
 
 
+def _is_array(x: Any) -> bool:
+  return hasattr(x, "dtype") or isinstance(x, (int, float, complex))
+
+
 def _no_array(argument: str, path: Any, x: Any) -> TypeError:
   return TypeError(
       f"{argument}{jtu.keystr(path)} is {_shown(x)}, which is no array; give a pytree"
@@ -411,7 +416,7 @@ def _likely_mistake(grads: Any, wanted: Any) -> str:
 
 
 def _kind(leaf: Any) -> str:
-  if not (hasattr(leaf, "dtype") or isinstance(leaf, (int, float, complex))):
+  if not _is_array(leaf):
     return _shown(leaf)
   return f"shape {jnp.shape(leaf)} and dtype {dtype_of(leaf)}"
 

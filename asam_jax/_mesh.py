@@ -11,13 +11,41 @@ import jax.numpy as jnp
 
 from asam_jax import _arguments
 from asam_jax import _ascent
+from asam_jax import _shards
 from asam_jax._shards import axes_in
 from asam_jax._shards import varying
+
+
+def checked_name(value: Any) -> Any:
+  """The argument axis_name; raises unless it names an axis or several, or is None."""
+  names = value if isinstance(value, (tuple, list)) else [value]
+  if value is not None and not (names and all(map(_is_name, names))):
+    raise TypeError(
+        f"axis_name={value!r} must be the name of a mesh axis, such as 'data', a"
+        " tuple of names, or None."
+    )
+  return value
+
+
+def _is_name(value: Any) -> bool:
+  """As JAX has it: any hashable object, but none that is likely a slip."""
+  try:
+    hash(value)
+  except TypeError:
+    return False
+  number = isinstance(value, (int, float, complex))
+  return not (value is None or callable(value) or number)
 
 
 def axes_of(axis_name: Any) -> tuple[Any, ...]:
   """The names of one mesh axis or several."""
   return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+
+
+def check_bound(axis_name: Any) -> None:
+  """Raises unless the call is inside shard_map, pmap or vmap over these axes."""
+  for axis in axes_of(axis_name):
+    _shards.index_along(axis, "axis_name")
 
 
 def own(tree: Any, axis_name: Any) -> Any:
@@ -27,7 +55,8 @@ def own(tree: Any, axis_name: Any) -> Any:
   Where nothing is checked, nothing is summed, and nothing need be done.
   """
   for axis in axes_of(axis_name):
-    index = lax.axis_index(axis)  # varies wherever it is checked what does
+    # It varies wherever it is checked what does.
+    index = _shards.index_along(axis, "axis_name")
 
     def cast(x, axis=axis, index=index):
       return x if axis in varying(x) else _ascent.vary_as(x, index)
@@ -39,7 +68,7 @@ def own(tree: Any, axis_name: Any) -> Any:
 def check_own(grads: Any, axis_name: Any) -> None:
   """Raises if the type tells that a gradient is no device's own."""
   for axis in axes_of(axis_name):
-    if axis not in varying(lax.axis_index(axis)):
+    if axis not in varying(_shards.index_along(axis, "axis_name")):
       continue
     for path, leaf in jtu.tree_leaves_with_path(grads):
       if _arguments.is_float(leaf) and axis not in varying(leaf):

@@ -159,7 +159,7 @@ class Shards(NamedTuple):
   def norm(self, leaves: Sequence[jax.Array], p: float) -> jax.Array:
     """||x||_p over all shards of the leaves; see ``_trees.norm``."""
     for axis in self.axes:
-      _index(axis)  # or it raises
+      index_along(axis)  # or it raises
     peaks = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in leaves])
     (peak,) = self.largest([peaks])[0]
     if math.isinf(p):
@@ -259,7 +259,7 @@ def check(
           " it have different rows as well (FSDP), the transpose of the loss's"
           " all_gather sums the gradients."
       )
-  checked = [axis for axis in axes if axis in varying(_index(axis))]
+  checked = [axis for axis in axes if axis in varying(index_along(axis))]
   for rule, g in zip(rules, grads, strict=True):
     name, own = jtu.keystr(rule.path), axes_of(rule.split)
     untold = varying(rule.leaf) - set(own)
@@ -290,14 +290,15 @@ def check(
       )
 
 
-def _index(axis: Any) -> jax.Array:
+def index_along(axis: Any, argument: str = "param_specs") -> jax.Array:
+  """This device's place along the axis; raises where there is no such axis."""
   try:
     return lax.axis_index(axis)
   except NameError:
     raise ValueError(
-        f"param_specs names the axis {axis!r}, which is not bound here: it is for"
-        " parameters that are sharded by hand inside shard_map. Under jit with sharded"
-        " arrays leave param_specs out."
+        f"{argument} names the axis {axis!r}, which is not bound here: it is for what"
+        " runs inside shard_map (or pmap) over that axis. Under jit with sharded arrays"
+        f" leave {argument} out."
     ) from None
 
 

@@ -64,7 +64,7 @@ def skip_nonfinite(
     :class:`SkipNonfiniteState`; extra arguments go on to ``link`` and ``base_tx``.
 
   Raises:
-    TypeError: if base_tx is no base optimizer, or link no link.
+    TypeError: if base_tx is no base optimizer, link no link, or axis_name no name.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
@@ -79,7 +79,8 @@ def skip_nonfinite(
     0.0 1
   """
   base_tx, link = _two_passes.base(base_tx), _two_passes.link(link)
-  axis_name = link.axis_name if axis_name is None else axis_name
+  given = _mesh.checked_name(axis_name)
+  axis_name = link.axis_name if given is None else given
   axes = () if axis_name is None else _mesh.axes_of(axis_name)
   axes = tuple(dict.fromkeys([*axes, *_shards.axes_in(link.param_specs)]))
 
@@ -91,6 +92,8 @@ def skip_nonfinite(
     )
 
   def update_fn(updates, state, params=None, **extra_args):
+    if given is not None:
+      _mesh.check_bound(given)
     grads, link_state = link.update(updates, state.link, params, **extra_args)
     finite = _trees.all_finite((updates, grads))
     if axes:

@@ -139,6 +139,8 @@ def sometimes(
           "params=None: call update(grads, state, params, grad_fn=grad_fn)."
       )
     _arguments.tree_like("the gradient", updates, params)
+    if link.axis_name is not None:
+      _mesh.check_bound(link.axis_name)
     clean = mean(updates) if always else updates
     decision, gate_state = gate.update(clean, state.gate)
 

@@ -196,10 +196,10 @@ def perturbed_gradient(
     ValueError: for average_ascent without axis_name; in ``update``, without params,
       without grad_fn and value_fn, with info and without value or value_fn, or with a
       gradient that a ``shard_map`` knows to be the same on all devices of
-      ``axis_name``.
-    TypeError: if ascent_tx is no transformation, or one that makes whole steps; in
-      ``update``, if grad_fn's result has another structure, shape or dtype than
-      params.
+      ``axis_name``; or where no shard_map or pmap has that axis.
+    TypeError: if ascent_tx is no transformation, or one that makes whole steps; if
+      axis_name is no name; in ``update``, if grad_fn's result has another structure,
+      shape or dtype than params.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
@@ -289,6 +289,7 @@ def link_of(
 
 def averaging(axis_name: Any, average_ascent: bool) -> None:
   """Checks the arguments axis_name and average_ascent."""
+  _mesh.checked_name(axis_name)
   if _arguments.flag("average_ascent", average_ascent) and axis_name is None:
     raise ValueError(
         "average_ascent=True with axis_name=None: pass the axis_name to average"

@@ -314,7 +314,11 @@ def _stateless(state: Any, radius: Any = None) -> Any:
 
 
 def _traced_once(evaluate: Callable[[Any], Any]) -> Callable[[Any], Any]:
-  """The same function, which JAX traces and lowers once for both passes of a step."""
+  """The same function, which JAX traces once for both passes of a step.
+
+  It lowers it a second time, without the results of the perturbed pass that are not
+  used. To keep these would cost more: a loss is a sum over all devices.
+  """
   kept = []  # what the function returns that is no array, and its structure
 
   @jax.jit
@@ -429,7 +433,4 @@ def with_chosen(
   """All arguments, with other values of those that are differentiated."""
   if isinstance(argnums, int):
     argnums, values = (argnums,), (values,)
-  result = list(args)
-  for index, value in zip(argnums, values, strict=True):
-    result[index] = value
-  return result
+  return _microbatched.replaced(args, argnums, values)

@@ -7,6 +7,7 @@ landscapes left to tests/sharpness; and valid input that must not be refused.
 
 import collections
 import functools
+import inspect
 import math
 from pathlib import Path
 import re
@@ -16,6 +17,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -121,6 +123,10 @@ TYPE = ("float99", 3, jnp.int32, "int8", jnp.complex64, bool, object(), [jnp.flo
 ARGNUMS = (0.5, "0", None, True, [0.5], (), [], [None], 7, -7, jnp.ones(2), loss)
 KEY = (None, 1.5, "key", True, (), [0], jnp.ones(2), jnp.ones((), int), object(), loss,
        jax.random.split(jax.random.key(0)), jnp.ones((2, 2), jnp.uint32))
+AXIS = (3, True, 1.5, 1j, [], (), {}, {"rows"}, [None], jnp.ones(2), loss, object(),
+        "rows", ("rows", "columns"))
+SPECS = ("rows", 3, True, {}, (), [], ("rows",), W, object(), loss, {"kernel": P()},
+         P("rows"), {"kernel": P(None, None, None), "bias": P()})
 WHEN = (None, 3, "every", [True], W, True, asam_jax.Gate(None, None), *(
     (lambda step, value=value: value)
     for value in (None, 1, "yes", 1.0, jnp.array(1), jnp.array([True]), (), object())
@@ -151,11 +157,11 @@ def door(make, function, *args):
 
 
 ASCENT_GOOD = {"rho": 0.1, "eta": 0.01, "p": 2, "normalization": "elementwise",
-               "normalize": None, "perturb": None}
+               "normalize": None, "perturb": None, "param_specs": None}
 DOOR_GOOD = ASCENT_GOOD | {
     "fun": loss, "argnums": 0, "has_aux": False, "ascent": None, "accumulate": None,
-    "average_ascent": False, "with_info": False}
-ALIAS_GOOD = {"base_tx": SGD, "rho": 0.1, "geometry": Geometry()}
+    "axis_name": None, "average_ascent": False, "with_info": False}
+ALIAS_GOOD = {"base_tx": SGD, "rho": 0.1, "geometry": Geometry(), "axis_name": None}
 
 
 def without_ascent(call):
@@ -199,14 +205,17 @@ def ruled(make):
 
 GOOD: dict[str, tuple[Any, dict[str, Any]]] = {
     "ascent": optimizer(asam_jax.ascent, **ASCENT_GOOD),
-    "adaptive_sam": optimizer(asam_jax.adaptive_sam, base_tx=SGD, **ASCENT_GOOD),
+    "adaptive_sam": optimizer(
+        asam_jax.adaptive_sam, base_tx=SGD, axis_name=None, **ASCENT_GOOD),
     "adaptive_sam(flags)": (
         functools.partial(asam_jax.adaptive_sam, SGD, axis_name="batch"),
         {"with_info": False, "average_ascent": False}),
     "sam(flags)": (
         functools.partial(asam_jax.sam, SGD, axis_name="batch"),
         {"with_info": False, "average_ascent": False}),
-    "sam": optimizer(asam_jax.sam, base_tx=SGD, rho=0.1, p=2, perturb=None),
+    "sam": optimizer(
+        asam_jax.sam, base_tx=SGD, rho=0.1, p=2, perturb=None, param_specs=None,
+        axis_name=None),
     "momentum_sam": optimizer(
         asam_jax.momentum_sam, base_tx=SGD, decay=0.9, dtype=None, **ASCENT_GOOD),
     "carried": optimizer(
@@ -218,7 +227,7 @@ GOOD: dict[str, tuple[Any, dict[str, Any]]] = {
         asam_jax.friendly_sam, **ALIAS_GOOD, sigma=1.0, decay=0.9),
     "vasso": optimizer(asam_jax.vasso, **ALIAS_GOOD, decay=0.6),
     "perturbed_gradient": optimizer(
-        asam_jax.perturbed_gradient, ascent_tx=asam_jax.ascent(0.1)),
+        asam_jax.perturbed_gradient, ascent_tx=asam_jax.ascent(0.1), axis_name=None),
     "perturbed_gradient(info)": (
         functools.partial(
             asam_jax.perturbed_gradient, asam_jax.ascent(0.1), axis_name="batch"),
@@ -243,7 +252,8 @@ GOOD: dict[str, tuple[Any, dict[str, Any]]] = {
             lambda gate: gate.update(grads, gate.init(init_params))
         )(asam_jax.above_average(threshold, decay)),
         {"threshold": 0.0, "decay": 0.9, "init_params": W, "grads": GRADS}),
-    "skip_nonfinite": optimizer(asam_jax.skip_nonfinite, base_tx=SGD, link=link()),
+    "skip_nonfinite": optimizer(
+        asam_jax.skip_nonfinite, base_tx=SGD, link=link(), axis_name=None),
     "stochastic_rounding": optimizer(asam_jax.stochastic_rounding, key=0),
     "auto_radius": (
         ruled(asam_jax.auto_radius),
@@ -267,10 +277,10 @@ GOOD: dict[str, tuple[Any, dict[str, Any]]] = {
         | {name: value for name, value in DOOR_GOOD.items() if name != "fun"}),
     "nnx.value_and_grad": (
         without_ascent(door(asam_jax.nnx.value_and_grad, module_loss, MODEL, ROWS)),
-        DOOR_GOOD | {"fun": module_loss}),
+        DOOR_GOOD | {"fun": module_loss, "m_sharpness": None}),
     "nnx.grad": (
         without_ascent(door(asam_jax.nnx.grad, module_loss, MODEL, ROWS)),
-        DOOR_GOOD | {"fun": module_loss}),
+        DOOR_GOOD | {"fun": module_loss, "m_sharpness": None}),
     "value_and_grad(...)": (
         lambda params: asam_jax.value_and_grad(loss)(params, ROWS), {"params": W}),
     "nnx.value_and_grad(...)": (
@@ -380,6 +390,7 @@ BAD: dict[str, tuple[Any, ...]] = {
               [INFO._replace(gap=jnp.array(1j))] * 8, iter([INFO] * 8)),
     "chance": tuple(x for x in (*NUMBER_LIKE, lambda step: 1.0) if x is not None),
     "total_steps": COUNT, "share": (*RADIUS, 1.5, 2, np.array(1.1), lambda step: 0.5),
+    "axis_name": AXIS, "param_specs": SPECS,
     "model": (*FUNCTION, *(
         (lambda w, x, value=value: value)
         for value in (None, "a", 1.0, (), {}, jnp.ones(2, int), jnp.array(1j), loss))),
@@ -440,6 +451,8 @@ ONLY: dict[tuple[str, str], tuple[Any, ...]] = {
     # A gate is not told the parameters: any real arrays are a gradient to it.
     ("above_average", "grads"): ("w", object(), *map(with_entry, (
         "w", object(), jnp.ones(2) * 1j))),
+    # A table may be printed outside of shard_map.
+    ("describe(**options)", "param_specs"): tuple(x for x in SPECS if x != P("rows")),
     # Leaves that are no floats are left alone, as their gradients are.
     **{(name, "init_params"): PARAMS[:3]
        for name in ("subtract_ema",)},
@@ -503,6 +516,21 @@ def test_every_public_name_is_in_the_table():
              "RadiusRule", "RadiusVerdict", "__version__"}
   public = {name for name in asam_jax.__all__ if not name.endswith("State")} - classes
   assert public | set(asam_jax.nnx.__all__) <= rows_of
+
+
+def test_every_argument_is_in_the_table():
+  rows_of = collections.defaultdict(set)
+  for name, (_, good) in GOOD.items():
+    rows_of[name.split("(")[0]] |= set(good)
+  for prefix, module in (("", asam_jax), ("nnx.", asam_jax.nnx)):
+    for name in module.__all__:
+      value = getattr(module, name)
+      if inspect.isfunction(value) or value is Geometry:
+        arguments = {
+            p.name for p in inspect.signature(value).parameters.values()
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        }
+        assert arguments <= rows_of[prefix + name], name
 
 
 def test_every_argument_has_bad_values():

@@ -1,6 +1,7 @@
 """What a step costs, read from the compiled step: FLOPs, memory, compilations."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -116,3 +117,26 @@ def test_bfloat16_step_has_the_memory_of_the_one_by_hand(method):
       for name in (method, BY_HAND[method])
   )
   assert held <= 1.15 * by_hand
+
+
+def operations(method, leaves):
+  """Of the program that XLA is given for a step with so many weight matrices."""
+  matrix = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+  params = {f"layer_{i}": {"kernel": matrix} for i in range(leaves)}
+
+  def loss(params, x):
+    for layer in params.values():
+      x = x + jnp.tanh(x @ layer["kernel"])
+    return jnp.mean(x**2)
+
+  step = steps.steps(loss)[method]
+  state = jax.eval_shape(step.init, params)
+  text = jax.jit(step.step).lower(params, state, matrix).as_text()
+  return len(re.findall(r"^ +(?:%|return)", text, re.M))
+
+
+@pytest.mark.parametrize("method", ASAM)
+def test_large_trees_give_xla_no_more_to_compile_than_by_hand(method):
+  few, many = (operations(method, leaves) for leaves in (30, 90))
+  by_hand = [operations(BY_HAND[method], leaves) for leaves in (30, 90)]
+  assert many - few <= by_hand[1] - by_hand[0]

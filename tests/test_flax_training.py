@@ -1,6 +1,9 @@
 """Flax linen: batch norm, dropout and a TrainState, against passes by hand."""
 
 import functools
+import inspect
+import re
+import textwrap
 
 import chex
 import jax
@@ -187,3 +190,44 @@ def test_batch_statistics_of_a_carried_method_are_gathered_anew():
   np.testing.assert_allclose(mean, hidden.mean(0), atol=1e-5)
   trained = batch_stats["BatchNorm_0"]["mean"]
   assert np.linalg.norm(trained - hidden.mean(0)) > 0.01
+
+
+class Normalized(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Dense(4)(x)
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+
+
+def test_the_recipe_for_statistics_at_the_clean_parameters():
+  model = Normalized()
+  variables = model.init(jax.random.key(0), X, train=True)
+  params, batch_stats = variables["params"], variables["batch_stats"]
+  tx = asam_jax.carried(optax.sgd(0.1), asam_jax.ascent(2.0))
+  opt_state = tx.init(params)
+
+  @jax.jit
+  def step(params, batch_stats, opt_state):
+    def loss(params):
+      out, new = model.apply({"params": params, "batch_stats": batch_stats}, X,
+                             train=True, mutable=["batch_stats"])
+      return jnp.mean((out[:, 0] - Y) ** 2), new["batch_stats"]
+
+    grads, batch_stats = jax.grad(loss, has_aux=True)(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), batch_stats, opt_state
+
+  for _ in range(40):
+    params, batch_stats, opt_state = step(params, batch_stats, opt_state)
+  doc = inspect.getdoc(asam_jax.carried) or ""
+  recipe = re.search(r"In Flax::\n\n((?:  .*\n|\n)+)", doc)
+  assert recipe
+  names = {"asam_jax": asam_jax, "model": model, "opt_state": opt_state,
+           "batch_stats": batch_stats, "batches": [X] * 80}
+  exec(textwrap.dedent(recipe[1]), names)
+  clean = asam_jax.eval_params(opt_state)
+  outputs = X @ clean["Dense_0"]["kernel"] + clean["Dense_0"]["bias"]
+  expected = {"mean": outputs.mean(0), "var": outputs.var(0)}
+  got, before = names["batch_stats"], batch_stats["BatchNorm_0"]
+  chex.assert_trees_all_close(got["BatchNorm_0"], expected, rtol=2e-3, atol=2e-3)
+  assert jnp.abs(before["var"] - expected["var"]).max() > 0.02

@@ -1,5 +1,7 @@
 """The step stays readable: few functions, in few places."""
 
+import ast
+import dataclasses
 from pathlib import Path
 import sys
 
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import asam_jax
+from tools import mutate
 
 ROOT = Path(asam_jax.__file__).parent
 
@@ -40,6 +43,51 @@ def test_an_update_passes_few_functions_in_few_modules():
   assert 10 <= len(functions) <= 18, functions
 
 
+def parsed():
+  """The modules of the package by their place in it, each as a syntax tree."""
+  for path in sorted(ROOT.rglob("*.py")):
+    yield path.relative_to(ROOT), ast.parse(path.read_text())
+
+
 def test_no_file_is_long():
   lengths = {p.name: len(p.read_text().splitlines()) for p in ROOT.rglob("*.py")}
   assert max(lengths.values()) <= 440, lengths
+
+
+def test_the_geometrys_arguments_are_spelled_in_few_places():
+  fields = {f.name for f in dataclasses.fields(asam_jax.Geometry)} - {"param_specs"}
+  spelled = {"Geometry"}
+  for path, tree in parsed():
+    for node in ast.walk(tree):
+      if isinstance(node, ast.FunctionDef):
+        arguments = {a.arg for a in (*node.args.args, *node.args.kwonlyargs)}
+        if len(arguments & fields) >= 3:
+          spelled.add(f"{path}:{node.name}")
+  assert len(spelled) <= 9, spelled
+
+
+def test_no_package_reaches_into_another_ones_private_modules():
+  for path, tree in parsed():
+    own = ("asam_jax", *path.parent.parts)
+    for node in ast.walk(tree):
+      names = []
+      if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+      elif isinstance(node, ast.ImportFrom) and node.module:
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+      for name in names:
+        parts = name.split(".")
+        first = next((i for i, part in enumerate(parts) if part.startswith("_")), None)
+        if first is not None and parts[0] != "__future__":
+          assert tuple(parts[:first]) == own[:first], f"{path}: {name}"
+
+
+def test_every_module_has_tests_that_see_its_mutants():
+  modules = {str(path.with_suffix("")) for path, _ in parsed()}
+  packages = {"landscape/__init__", "sharpness/__init__"}  # re-export alone
+  assert set(mutate.TESTS) == modules - packages
+  for names in mutate.TESTS.values():
+    for name in names.split():
+      *folder, file = name.split("/")
+      path = ROOT.parent.joinpath("tests", *folder, f"test_{file}.py")
+      assert path.is_file() or (ROOT.parent / "tests" / name).is_dir(), name
