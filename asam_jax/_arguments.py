@@ -235,8 +235,9 @@ def tree_like(
     if not (hasattr(w, "dtype") or isinstance(w, (int, float, complex))):
       raise _no_array(name, path, w)
     dtype = getattr(x, "dtype", type(x) if isinstance(x, (int, float)) else None)
+    wanted = getattr(w, "dtype", dtype) if same_dtype else dtype
     if dtype is None or jnp.shape(x) != jnp.shape(w) or (
-        is_float(w) and not (dtype == w.dtype if same_dtype else is_float(x))
+        is_float(w) and not (is_float(x) and dtype == wanted)
     ):
       raise TypeError(
           f"{argument}{jtu.keystr(path)} has {_kind(x)}, but {name} have {_kind(w)}"

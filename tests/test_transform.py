@@ -443,6 +443,17 @@ def test_integers_beside_the_weights():
   assert (grads["w"] > 2).all()
 
 
+def test_parameters_that_are_python_numbers():
+  tx = asam_jax.adaptive_sam(optax.sgd(0.1))
+  grad_fn = jax.grad(lambda params: params["w"] ** 2 + params["bias"])
+
+  def step(params):
+    return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
+
+  numbers = {"w": 1.5, "bias": 2.0}
+  chex.assert_trees_all_close(step(numbers), step(jax.tree.map(jnp.array, numbers)))
+
+
 def test_params_with_holes():
   inner = asam_jax.adaptive_sam(optax.sgd(0.1))
   tx = optax.masked(inner, {"kernel": True, "bias": False})
