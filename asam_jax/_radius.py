@@ -90,6 +90,11 @@ def auto_radius(
   by at most a factor :math:`e^k` a step: a full radius at initialization may never
   leave the plateau.
 
+  Where it holds (on small tasks; the site's page on the radius has the table): without
+  batch norm at p = 2, with SGD and AdamW, the default does as well as a radius that was
+  tuned. With batch norm and wrong labels it is too timid, and a target of 0.7 or, in a
+  short training, a rate of 0.2 does better; at p = inf a target of 0.9 does.
+
   Cost: none that counts; memory: one copy of the parameters during the second pass,
   for the gradient at w is kept until then. With ``over`` it is the share of the
   leaves that are chosen.

@@ -16,10 +16,27 @@ NAMES = {"mlp": "MLP", "cnn": "CNN", "batch_norm_mlp": "MLP with batch norm",
          "transformer": "transformer"}
 
 
+Cell = tuple[str, float, str, str]  # network, noise, normalization, p
+
+
+def title(cell: Cell) -> str:
+  """A cell in words."""
+  network, noise, normalization, p = cell
+  labels = f"{100 * noise:g} % wrong" if noise else "clean"
+  name = NAMES.get(network, network)
+  return f"{name}, {labels}, {normalization}, p = {NORMS.get(p, p)}"
+
+
+def cell_of(row: records.Row) -> Cell:
+  """The cell of a line of the results."""
+  config = row["config"]
+  return config["network"], config["noise"], config["normalization"], config["p"]
+
+
 class Result(NamedTuple):
   """One cell; accuracies in percent, and standard errors over the seeds."""
 
-  cell: tuple[str, float, str, str]
+  cell: Cell
   plain: tuple[float, float]
   radii: list[float]
   fixed: list[tuple[float, float]]
@@ -28,13 +45,6 @@ class Result(NamedTuple):
   auto: list[tuple[float, float]]
   best_target: int  # likewise
   runs: int
-
-  @property
-  def title(self) -> str:
-    network, noise, normalization, p = self.cell
-    labels = f"{100 * noise:g} % wrong" if noise else "clean"
-    name = NAMES.get(network, network)
-    return f"{name}, {labels}, {normalization}, p = {NORMS.get(p, p)}"
 
   @property
   def gain(self) -> float:
@@ -51,12 +61,13 @@ def _scores(row: records.Row) -> list[tuple[float, float]]:
   return [summary.mean_and_error(100 * np.array(one)) for one in row["accuracy"]]
 
 
-def results(rows: Sequence[records.Row]) -> list[Result]:
-  """The cells of which all is there, in their order."""
+def results(rows: Sequence[records.Row], rate: float) -> list[Result]:
+  """The cells of which all is there for the rule of this rate, in their order."""
   latest: dict[Any, records.Row] = {}
   for row in rows:
-    config = row["config"]
-    cell = tuple(config[name] for name in ("network", "noise", "normalization", "p"))
+    config, cell = row["config"], cell_of(row)
+    if config.get("rate", rate) != rate:
+      continue
     latest[cell, config["rule"], config["validation"]] = row
   found = []
   for cell in dict.fromkeys(cell for cell, *_ in latest):
@@ -86,7 +97,7 @@ def table(found: Sequence[Result]) -> str:
   lines = [header, ["---", *["---:"] * (len(header) - 1)]]
   for result in found:
     tuned = f"{_shown(result.fixed[result.best])} ({result.radii[result.best]:g})"
-    lines.append([result.title, _shown(result.plain), tuned,
+    lines.append([title(result.cell), _shown(result.plain), tuned,
                   *map(_shown, result.auto)])
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -107,7 +118,7 @@ def verdict(found: Sequence[Result]) -> str:
   for index, target in enumerate(found[0].targets):
     got = shares(judged, index)
     worse = [
-        one.title for one in judged
+        title(one.cell) for one in judged
         if one.auto[index][0] - one.plain[0]
         < -np.hypot(one.auto[index][1], one.plain[1])
     ]
@@ -181,9 +192,9 @@ def _panel(axis: Any, here: Sequence[Result], auto: bool) -> None:
   axis.set_ylim(low - 0.3 * (top - low), top + 0.1 * (top - low))
 
 
-def write(folder: pathlib.Path, rows: Sequence[records.Row]) -> str:
+def write(folder: pathlib.Path, rows: Sequence[records.Row], rate: float) -> str:
   """Writes ``radius.md`` and ``radius.png`` into the folder; returns the text."""
-  found = results(rows)
+  found = results(rows, rate)
   if not found:
     return "no cell of the study is complete yet"
   row = rows[-1]

@@ -8,6 +8,7 @@ chosen on the cells of the plain MLP, which are therefore no evidence; all other
 
     python -m examples.radius_study                       # all cells
     python -m examples.radius_study --networks mlp        # some
+    python -m examples.radius_study --rate 0.2            # a faster rule
     python -m examples.radius_study --report --results results/radius  # ours, redrawn
 
 Outcomes are lines of JSON with their whole configuration: what an interrupted run has
@@ -32,6 +33,7 @@ from examples import records
 
 RECORDS = "radius.jsonl"
 TARGETS = (0.7, 0.8, 0.9)
+RATE, START = 0.05, 0.05  # of the rule: its defaults
 HELD_OUT = 0.2  # the share of the training half that radii and targets are chosen on
 # Seven radii by factors of two, around what is good for each T_w and norm.
 FIRST_RADIUS = {
@@ -76,7 +78,7 @@ def base_optimizer(network: str, steps: int) -> optax.GradientTransformation:
   return optax.sgd(optax.cosine_decay_schedule(0.1, steps), momentum=0.9)
 
 
-def optimizer(cell: Cell, rule: str, steps: int) -> Any:
+def optimizer(cell: Cell, rule: str, steps: int, rate: float) -> Any:
   """``number -> optimizer``; the number is a radius or a target, as the rule says."""
   base_tx = base_optimizer(cell.network, steps)
 
@@ -84,7 +86,7 @@ def optimizer(cell: Cell, rule: str, steps: int) -> Any:
     rho = {"plain": 0.0, "fixed": number, "auto": None}[rule]
     if rho is None:  # digits.train asks for a state with the number 0
       target = 0.8 if isinstance(number, float) and number == 0 else number
-      rho = asam_jax.auto_radius(target)
+      rho = asam_jax.auto_radius(target, rate=rate, start=START)
     if rule == "plain":
       return optax.with_extra_args_support(base_tx)
     return asam_jax.adaptive_sam(
@@ -96,7 +98,7 @@ def optimizer(cell: Cell, rule: str, steps: int) -> Any:
 
 def train(
     cell: Cell, rule: str, numbers: Sequence[float], seeds: Sequence[int],
-    epochs: int, batch_size: int, validation: bool,
+    epochs: int, batch_size: int, validation: bool, rate: float,
 ) -> np.ndarray:
   """Last-epoch accuracies, [numbers, seeds]."""
   halves = digits.load_halves()
@@ -108,7 +110,7 @@ def train(
   repeated = digits.Runs(*(np.concatenate([x] * len(numbers)) for x in runs))
   outcome = digits.train(
       radius_networks.NETWORKS[cell.network](),
-      optimizer(cell, rule, steps), repeated,
+      optimizer(cell, rule, steps, rate), repeated,
       list(seeds) * len(numbers), np.repeat(numbers, len(seeds)).tolist(),
       epochs=epochs, batch_size=batch_size, eval_every=epochs,
   )
@@ -131,10 +133,11 @@ def study(args: argparse.Namespace) -> None:
     config = {
         **cell.config(), "rule": rule, "numbers": numbers, "seeds": list(seeds),
         "epochs": args.epochs, "batch_size": args.batch_size, "validation": validation,
+        **({"rate": args.rate, "start": START} if rule == "auto" else {}),
     }
     if records.find(records.read(path), config) is None:
       accuracy = train(cell, rule, numbers, seeds, args.epochs, args.batch_size,
-                       validation)
+                       validation, args.rate)
       records.append(path, {"config": config, "accuracy": accuracy.tolist(),
                             **records.environment()})
 
@@ -152,6 +155,8 @@ def parser() -> argparse.ArgumentParser:
       help="runs of each radius on the validation split")
   add("--epochs", type=count, default=50, help="passes over the training half")
   add("--batch-size", type=count, default=64, help="examples in a step")
+  add("--rate", type=options.number(float, 0, math.inf, above=True, below=True),
+      default=RATE, help="the rule's rate")
   add("--quiet", action="store_true", help="no progress bar")
   options.add_results(parser, "radius", "the outcomes, the table and the plot")
   add("--report", action="store_true", help="train nothing: table and plot alone")
@@ -163,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = parser().parse_args(argv)
   if not args.report:
     study(args)
-  print(radius_report.write(args.results, records.read(args.results / RECORDS)))
+  rows = records.read(args.results / RECORDS)
+  print(radius_report.write(args.results, rows, args.rate))
 
 
 if __name__ == "__main__":

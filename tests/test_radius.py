@@ -142,6 +142,15 @@ def test_the_radius_follows_the_scale_of_the_weights():
   np.testing.assert_allclose(radii[1], 10 * radii[0], rtol=1e-4)
 
 
+def test_the_defaults_are_those_that_were_chosen():
+  rule, w = asam_jax.auto_radius(), jnp.array([1.0, 0.0])
+  for cosine, factor in ((0.8, 1.0), (1.0, np.exp(0.05)), (0.6, np.exp(-0.05))):
+    there = jnp.array([cosine, np.sqrt(1 - cosine**2)])
+    observed = asam_jax.Observed(w, w, there, None, None, jnp.float32(1))
+    state = rule.update(asam_jax.AutoRadiusState(jnp.float32(2)), observed)
+    np.testing.assert_allclose(state.rho, 2 * factor, rtol=1e-5)
+
+
 def test_the_budget_is_the_sharpness_to_first_order():
   tx = asam_jax.sam(optax.sgd(0.1), asam_jax.loss_budget(0.25, rho_max=0.5))
   grads = {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.zeros(2)}  # of norm 4
