@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import compile_time
 from benchmarks import networks
 from benchmarks import perturbation
 from benchmarks import step_cost
@@ -161,3 +162,22 @@ def test_bad_options(bad, message, capsys):
   with pytest.raises(SystemExit):
     step_cost.parse(bad)
   assert message in capsys.readouterr().err
+
+
+def test_compile_time_of_steps_and_of_trees(tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(networks.NETWORKS, "mlp", (lambda: nn.Dense(10), (3,)))
+  path = tmp_path / "new" / "rows.jsonl"
+  compile_time.main(["--networks", "mlp", "--leaves", "3", "5", "--rounds", "2",
+                     "--output", str(path)])
+  header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+  assert {"date", "jax", "cpu", "cores", "command"} <= header.keys()
+  assert [(row["part"], row["method"]) for row in rows] == [
+      *(("mlp", name) for name in compile_time.METHODS),
+      *((f"{leaves} leaves", name)
+        for leaves in (3, 5) for name in compile_time.SPELLINGS),
+  ]
+  for row in rows:
+    for key in ("lower_seconds", "compile_seconds"):
+      assert len(row[key]) == (2 if row["part"] == "mlp" else 1)
+      assert all(seconds > 0 for seconds in row[key])
+  assert capsys.readouterr().out.count(" s to compile") == len(rows)
