@@ -126,6 +126,7 @@ def test_train_state_loop(changed):
 
 def test_it_is_short():
   assert len(README.splitlines()) <= 150
+  assert not re.findall(r"[A-Z]+_[A-Z]+", README), "a place that is still to be filled"
 
 
 def test_the_commands_are_a_line_each_and_alike():
