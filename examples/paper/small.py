@@ -77,11 +77,12 @@ def sweep_of(config: Config, radii: tuple[float, ...]) -> Sweep:
 def basic(
     config: Config, plain: str = "sgd", sam=SAM_RADII, asam=ASAM_RADII
 ) -> list[Entry]:
-  """The base optimizer at equal epochs and at equal cost, SAM and ASAM."""
+  """The base optimizer at equal epochs and at equal cost, SAM, ASAM, auto radius."""
   return [
       Entry(row(config, plain)),
       Entry(row(config, "asam", method="asam"), sweep=sweep_of(config, asam)),
       Entry(row(config, "sam", method="sam"), sweep=sweep_of(config, sam)),
+      Entry(row(config, "auto", method="auto")),
       Entry(row(config, f"{plain}-double", epochs=2 * config.epochs,
                 eval_every=2 * config.eval_every)),
   ]
@@ -92,7 +93,6 @@ def cheaper(config: Config) -> list[Entry]:
   asam = f"{config.name}-asam"
   momentum = "adaptive_momentum_sam"
   return [
-      Entry(row(config, "auto", method="auto")),
       Entry(row(config, "late", method="late"), like=asam),
       Entry(row(config, "momentum", method=momentum),
             sweep=sweep_of(config, MOMENTUM_RADII)),
@@ -103,19 +103,19 @@ def cheaper(config: Config) -> list[Entry]:
 
 def noisy() -> list[Entry]:
   """40 % symmetric noise, with the radii that CIFAR-10N's labels chose."""
-  sgd, asam, sam, _ = basic(NOISY)  # no run at twice the epochs: the best is within
+  sgd, asam, sam, auto, _ = basic(NOISY)  # the best epoch says what twice would
   like = WORSE.name
   return [
       sgd,
       dataclasses.replace(asam, sweep=None, like=f"{like}-asam"),
       dataclasses.replace(sam, sweep=None, like=f"{like}-sam"),
+      auto,
   ]
 
 
 def translation() -> list[Entry]:
   """Adam for as many epochs as the others, as in the paper."""
-  adam, asam, sam, _ = basic(TRANSLATION, "adam", sam=(0.1, 0.2), asam=(0.2, 0.4))
-  return [adam, asam, sam]
+  return basic(TRANSLATION, "adam", sam=(0.1, 0.2), asam=(0.2, 0.4))[:-1]
 
 
 PLAN: tuple[Entry, ...] = (
