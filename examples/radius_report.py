@@ -161,8 +161,8 @@ def plot(found: Sequence[Result], path: pathlib.Path) -> None:
         axis = axes[row, column]
         _panel(axis, here, auto)
         labels = f"{100 * noise:g} % wrong labels" if noise else "clean labels"
-        title = f"{NAMES.get(network, network)}, {labels}"
-        axis.set_title("auto_radius" if auto else title)
+        task = f"{NAMES.get(network, network)}, {labels}"
+        axis.set_title("auto_radius" if auto else task)
         if not column:
           axis.set_ylabel("test accuracy in %")
     handles = {}
@@ -197,7 +197,7 @@ def write(folder: pathlib.Path, rows: Sequence[records.Row], rate: float) -> str
   found = results(rows, rate)
   if not found:
     return "no cell of the study is complete yet"
-  row = rows[-1]
+  row = [one for one in rows if one["config"].get("rate", rate) == rate][-1]
   about = (
       f"Test accuracy in % of the last epoch, ± one standard error over"
       f" {found[0].runs} seeds; {row['config']['epochs']} epochs, batch"
