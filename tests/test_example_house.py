@@ -9,6 +9,8 @@ import subprocess
 
 import pytest
 
+from tests.sources import imported
+
 pytest.importorskip("sklearn", reason="the examples need the extra 'examples'")
 pytest.importorskip("matplotlib", reason="the examples need the extra 'examples'")
 
@@ -85,12 +87,8 @@ def dotted(node):
 def reaches(tree):
   """What a module takes by the back door: search paths and private modules."""
   for node in ast.walk(tree):
-    names = []
-    if isinstance(node, ast.Import):
-      names = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom) and node.module:
-      names = [f"{node.module}.{alias.name}" for alias in node.names]
-    elif isinstance(node, ast.Attribute):
+    names = imported(node)
+    if isinstance(node, ast.Attribute):
       names = [dotted(node)]
       if names == ["sys.path"] or node.attr == "syspath_prepend":
         yield "a search path"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import asam_jax
+from tests.sources import imported
 from tools import mutate
 
 ROOT = Path(asam_jax.__file__).parent
@@ -70,12 +71,7 @@ def test_no_package_reaches_into_another_ones_private_modules():
   for path, tree in parsed():
     own = ("asam_jax", *path.parent.parts)
     for node in ast.walk(tree):
-      names = []
-      if isinstance(node, ast.Import):
-        names = [alias.name for alias in node.names]
-      elif isinstance(node, ast.ImportFrom) and node.module:
-        names = [f"{node.module}.{alias.name}" for alias in node.names]
-      for name in names:
+      for name in imported(node):
         parts = name.split(".")
         first = next((i for i, part in enumerate(parts) if part.startswith("_")), None)
         if first is not None and parts[0] != "__future__":
