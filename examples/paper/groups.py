@@ -68,6 +68,10 @@ class Group:
     """Accuracy of the best epoch that was looked at, chosen with the test set."""
     return value(100 * results.accuracy(run, best=True) for run in self.runs)
 
+  def training(self) -> Value:
+    """Accuracy on the last epoch's own batches, in percent."""
+    return value(100 * run["history"][-1]["train_accuracy"] for run in self.runs)
+
   def bleu(self) -> Value | None:
     if any("bleu" not in run["history"][-1] for run in self.runs):
       return None

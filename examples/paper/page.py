@@ -9,23 +9,29 @@ from examples.paper import configs
 from examples.paper import groups
 from examples.paper import pictures
 from examples.paper import published
+from examples.paper import small
 from examples.paper.config import from_json
 
-_INTRODUCTION = """\
+COMMAND = """\
+python -m examples.paper.tables --results results/paper \\
+        --page docs/results.md --pictures results/paper"""
+
+_INTRODUCTION = f"""\
 # Results
 
 All numbers here are made from the JSON lines of finished runs by
 
-    python -m examples.paper.tables --results results/paper \\
-        --page docs/results.md --pictures results/paper
+    {COMMAND}
 
 Accuracies are percentages of the whole test set after the last epoch, as mean ±
-standard error over seeds. Radii were chosen on 5,000 held-out training images with the
-first seed, never with the test set; the radii that were tried stand below each table.
-"Gradients" are passes over the training set, where a step with a second gradient
-counts twice. FLOPs are those of the convolutions and products (the backward pass
-counted as two forward passes), for one run. Minutes are the processor's, over its
-cores together, without compilation and evaluation; other programs ran at the same time.
+standard error over seeds; "training" is the mean over the last epoch's own batches, as
+they were augmented, and says how much of the training set was learned. Radii were
+chosen on 5,000 held-out training images with the first seed, never with the test set;
+the radii that were tried stand below each table. "Gradients" are passes over the
+training set, where a step with a second gradient counts twice. FLOPs are those of the
+convolutions and products (the backward pass counted as two forward passes), for one
+run. Minutes are the processor's, over its cores together, without compilation and
+evaluation; other programs ran at the same time.
 """
 
 _SMALL = {
@@ -64,16 +70,43 @@ def page(
     if chosen:
       parts += [f"### {title}", *small_table(table, chosen)]
       parts += picture(drawn, table, title, folder)
+  trained = {record["table"] for record in records}
+  if without := [title for table, title in _SMALL.items() if table not in trained]:
+    parts += [f"Tables of the plan without a run yet: {'; '.join(without)}."]
   parts += ["## Next to the best public comparison", momentum_sam()]
-  parts += ["## The paper's figures"]
-  parts += ["    python -m examples.paper.figures"]
-  for name, title in (("figure_1", "Figure 1"), ("figure_3", "Figure 3")):
-    parts += picture(drawn, name, title, folder)
+  parts += ["## The paper's figures", _FIGURES]
+  for name, (title, text) in _FIGURE.items():
+    parts += [text, *picture(drawn, name, title, folder)]
   parts += ["## The paper's tables", _PAPER]
   for title, table, rows, key in _PAPER_TABLES:
     chosen = [r for r in records if r["table"] == table]
     parts += [f"### {title}", paper_table(table, rows, key, chosen)]
   return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+_FIGURES = """\
+Both are computed by the library, in a few seconds:
+
+    python -m examples.paper.figures --folder results/paper"""
+
+_FIGURE = {
+    "figure_1": (
+        "The regions of SAM and ASAM at w = (1, 1) and at A w = (3, 1/3)",
+        """\
+**Figure 1.** Multiplying the first weight of a two-weight network by 3 and the second
+by 1/3 changes nothing that the network computes. SAM's ball stays as it is, and so
+finds a larger rise of the loss at the rescaled weights. ASAM's ellipsoid moves along
+with them, and the rise is the same.""",
+    ),
+    "figure_3": (
+        "Paths of SAM and ASAM from the two starts",
+        """\
+**Figure 3.** The loss |w₁ ReLU(w₂) − 0.04| from two starts that are rescalings of each
+other, with ρ = 0.05 and steps of 0.05. From (0.2, 0.05) SAM comes to the valley and
+then creeps along it. From (0.3, 0.0333) it never moves, for its perturbation turns the
+ReLU off, and there the gradient is zero. ASAM comes to the valley from both.""",
+    ),
+}
 
 
 def picture(drawn, name: str, title: str, folder: pathlib.Path) -> list[str]:
@@ -85,7 +118,7 @@ def picture(drawn, name: str, title: str, folder: pathlib.Path) -> list[str]:
 
 def small_table(table: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
   """Setting, table, radii and provenance."""
-  found = groups.group(map(dict, records))
+  found = sorted(groups.group(map(dict, records)), key=_place)
   swept = groups.group(map(dict, records), swept=True)
   parts = [setting(records[0])]
   if found and table.startswith("normalization"):
@@ -94,13 +127,36 @@ def small_table(table: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
     parts.append(methods_table(found, best=table in _BEST_TOO))
   if swept:
     parts.append(sweep_sentence(swept))
-  return [*parts, provenance(records)]
+  missing = missing_sentence(table, found)
+  return [*parts, *([missing] if missing else []), provenance(records)]
+
+
+def _place(group: groups.Group) -> int:
+  """The row's place in the plan, after all of its rows if it has none."""
+  names = [entry.config.name for entry in small.PLAN]
+  return names.index(group.config.name) if group.config.name in names else len(names)
+
+
+def missing_sentence(table: str, found: Sequence[groups.Group]) -> str:
+  """The rows of the plan that are not, or not with all seeds, in the table."""
+  seeds = {group.config.name: len(group.runs) for group in found}
+  entries = [entry for entry in small.PLAN if entry.config.table == table]
+  least = min((entry.config.epochs for entry in entries), default=0)
+  names = [
+      groups.label(entry.config, least)
+      + (f" ({count} of {len(entry.seeds)} seeds)" if count else "")
+      for entry in entries
+      if (count := seeds.get(entry.config.name, 0)) < len(entry.seeds)
+  ]
+  if table.startswith("normalization"):  # rows are schemes there, its cells the runs
+    return f"Not trained yet: {len(names)} of {len(entries)} runs." if names else ""
+  return f"Not trained yet: {'; '.join(names)}." if names else ""
 
 
 def setting(record: Mapping[str, Any]) -> str:
   """What all rows of a table share, in words."""
   config = from_json(dict(record["config"]))
-  words = [f"{config.model}, {record['parameters']:,} parameters"]
+  words = [f"{published.network(config.model)}, {record['parameters']:,} parameters"]
   if config.dataset == "parallel":
     words += [f"{record['examples']:,} sentences", f"{config.subwords} pieces a batch",
               f"beam search with {config.beam} hypotheses on {config.test_files}"]
@@ -121,7 +177,7 @@ def methods_table(found: Sequence[groups.Group], best: bool) -> str:
   least = min(g.config.epochs for g in found)
   score = "BLEU" if found[0].bleu() else "accuracy (%)"
   header = ["method", "ρ", "epochs", score, *(["best epoch (%)"] if best else []),
-            "seeds", "gradients", "TFLOP", "CPU minutes"]
+            "training (%)", "seeds", "gradients", "TFLOP", "CPU minutes"]
   body = []
   for group in found:
     config = group.config
@@ -131,6 +187,7 @@ def methods_table(found: Sequence[groups.Group], best: bool) -> str:
         str(config.epochs),
         str(group.bleu() or group.last()),
         *([str(group.best())] if best else []),
+        f"{group.training().mean:.1f}",
         str(len(group.runs)),
         f"{group.gradients():g}",
         f"{group.teraflop():.3g}",
@@ -219,7 +276,7 @@ def paper_table(
   base = "Adam" if table == "iwslt14" else "SGD"
   body = []
   for row, values in rows.items():
-    cells = [row]
+    cells = [published.network(row)]
     for method, value in zip(names, values, strict=True):
       ours = [g for g in found if key(g.config) == row and g.config.method == method]
       cells += [value + mark, str(ours[0].bleu() or ours[0].last()) if ours else "–"]

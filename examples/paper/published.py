@@ -8,6 +8,30 @@ DAGGER = "†"
 
 _Table = dict[str, tuple[str, str, str]]  # row: SGD (or Adam), SAM, ASAM
 
+_NETWORKS = {
+    "densenet121": "DenseNet-121",
+    "pyramidnet272": "PyramidNet-272",
+    "resnet8": "ResNet-8",
+    "resnet20": "ResNet-20",
+    "resnet32": "ResNet-32",
+    "resnet50": "ResNet-50",
+    "resnet56": "ResNet-56",
+    "resnext29_32x4d": "ResNeXt29-32x4d",
+    "transformer": "Transformer",
+    "transformer_small": "a small Transformer",
+    "vgg19_bn": "VGG19-BN",
+    "vit_small": "a small ViT",
+    "wrn16_8": "WRN-16-8",
+    "wrn28_2": "WRN-28-2",
+    "wrn28_10": "WRN-28-10",
+}
+
+
+def network(name: str) -> str:
+  """A network's name as papers write it; other words stay as they are."""
+  return _NETWORKS.get(name, name)
+
+
 CIFAR10: _Table = {
     "densenet121": ("91.00 ± 0.13", "92.00 ± 0.17", "93.33 ± 0.04"),
     "resnet20": ("93.18 ± 0.21", "93.56 ± 0.15", "93.82 ± 0.17"),
