@@ -35,7 +35,8 @@ evaluation; other programs ran at the same time.
 """
 
 _SMALL = {
-    "cifar10-small": "CIFAR-10",
+    "cifar10-few": "CIFAR-10, few images",
+    "cifar10-small": "CIFAR-10, ten times the images in a fifth of the epochs",
     "cifar10n-small": "CIFAR-10N, human labels, 40 % wrong",
     "noise-small": "CIFAR-10 with 40 % symmetric label noise",
     "cifar100-small": "CIFAR-100",

@@ -12,6 +12,7 @@ _NETWORKS = {
     "densenet121": "DenseNet-121",
     "pyramidnet272": "PyramidNet-272",
     "resnet8": "ResNet-8",
+    "resnet8_wide": "ResNet-8 of width 32, its first convolution with stride 2",
     "resnet20": "ResNet-20",
     "resnet32": "ResNet-32",
     "resnet50": "ResNet-50",

@@ -84,7 +84,7 @@ def steps_to_trace():
   ]
   chosen = {config.model: config for config in rows if config.method == "asam"}
   for config in rows:
-    if config.model == "resnet8":
+    if config.model == "resnet8_wide":
       kind = (config.method, config.p, config.normalization, config.normalize_bias)
       chosen[kind] = config
   return list(chosen.values())

@@ -88,16 +88,23 @@ def test_parameters_of_the_transformer_by_hand():
   assert counted == vocabulary * width + 6 * (encoder + decoder)
 
 
-def test_multiply_adds_of_resnet8_by_hand():
+@pytest.mark.parametrize(
+    ("name", "width", "side"), [("resnet8", 16, 32), ("resnet8_wide", 32, 16)]
+)
+def test_eight_layers_by_hand(name, width, side):
+  c, s = width, side
   convolutions = [
-      (32, 3, 16, 9), (32, 16, 16, 9), (32, 16, 16, 9),
-      (16, 16, 32, 9), (16, 32, 32, 9), (16, 16, 32, 1),
-      (8, 32, 64, 9), (8, 64, 64, 9), (8, 32, 64, 1),
+      (s, 3, c, 9), (s, c, c, 9), (s, c, c, 9),
+      (s / 2, c, 2 * c, 9), (s / 2, 2 * c, 2 * c, 9), (s / 2, c, 2 * c, 1),
+      (s / 4, 2 * c, 4 * c, 9), (s / 4, 4 * c, 4 * c, 9), (s / 4, 2 * c, 4 * c, 1),
   ]  # fmt: skip
-  expected = sum(side**2 * i * o * k for side, i, o, k in convolutions) + 64 * 10
+  last = 4 * c * 10
+  products = sum(side**2 * i * o * k for side, i, o, k in convolutions) + last
+  weights = sum(i * o * k + 2 * o for _, i, o, k in convolutions) + last + 10
   for conv in ("lax", "shifts"):
-    model = models.build("resnet8", 10, conv=conv)
-    assert costs.multiply_adds(model, *_inputs("resnet8")) == expected
+    model = models.build(name, 10, conv=conv)
+    assert costs.multiply_adds(model, *_inputs(name)) == products
+    assert costs.parameters(model, *_inputs(name)) == weights
 
 
 # Tracing the two deepest networks takes as long as all others.

@@ -20,8 +20,8 @@ from examples.paper.models import wide
 __all__ = ["NAMES", "build"]
 
 
-def _resnet(depth):
-  return lambda classes, make: resnet.ResNet(classes, depth, make)
+def _resnet(depth, **sizes):
+  return lambda classes, make: resnet.ResNet(classes, depth, make, **sizes)
 
 
 def _wide(depth, widen):
@@ -40,6 +40,8 @@ def _transformer(vocabulary, make, **sizes):
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": _resnet(8),
+    # Four times the weights in half of the time on a CPU, for the same FLOPs.
+    "resnet8_wide": _resnet(8, width=32, stride=2),
     "resnet20": _resnet(20),
     "resnet32": _resnet(32),
     "resnet56": _resnet(56),

@@ -51,19 +51,29 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-  """For CIFAR: 6n + 2 layers in three stages of n basic blocks, 16, 32, 64 wide."""
+  """For CIFAR: 6n + 2 layers in three stages of n basic blocks, each twice as wide.
+
+  Attributes:
+    classes: the number of logits.
+    depth: 6n + 2.
+    make: makes the layers.
+    width: of the first stage.
+    stride: of the first convolution; 2 leaves a quarter of the pixels to all stages.
+  """
 
   classes: int
   depth: int
   make: layers.Layers
+  width: int = 16
+  stride: int = 1
 
   @nn.compact
   def __call__(self, x, train: bool):
-    x = nn.relu(self.make.norm(train)(self.make.conv(16, 3)(x)))
-    for width in (16, 32, 64):
+    x = nn.relu(self.make.norm(train)(self.make.conv(self.width, 3, self.stride)(x)))
+    for stage in range(3):
       for block in range((self.depth - 2) // 6):
-        stride = 2 if width > 16 and block == 0 else 1
-        x = BasicBlock(width, stride, self.make)(x, train)
+        stride = 2 if stage > 0 and block == 0 else 1
+        x = BasicBlock(self.width * 2**stage, stride, self.make)(x, train)
     return self.make.classify(layers.average(x), self.classes)
 
 
