@@ -2,8 +2,8 @@
 
 Sharpness matters once a network can learn its training set by heart. The paper's
 networks do so in 200 epochs of 50,000 images; in the time of two cores a small one does
-so in 60 epochs of 2,000. A table with ten times the images and a fifth of the epochs
-stands beside it: there nothing is learned by heart, and every method that ascends loses.
+so in 60 epochs of 2,000. A table with ten times the images in a fifth of the epochs,
+where training accuracy stays at test accuracy, stands beside it.
 
 Three seeds. Radii are chosen on 5,000 held-out training images with the first seed,
 from the paper's radius and its neighbours (in the large table in half of the epochs).
