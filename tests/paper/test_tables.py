@@ -65,7 +65,7 @@ def test_rows_stand_in_the_order_of_the_plan_and_the_missing_are_named():
   double = next(e.config for e in small.PLAN if e.config.name.endswith("-double"))
   asam = next(e.config for e in small.PLAN if e.config.method == "asam")
   records = [*runs(double, 0.8, 0.8, 0.8), *runs(replace(asam, rho=0.5), 0.7)]
-  text = "\n".join(page.small_table("cifar10-small", records))
+  text = "\n".join(page.small_table(double.table, records))
   assert 0 < text.index("| ASAM |") < text.index("| SGD, 2 × epochs |")
   missing = next(line for line in text.splitlines() if line.startswith("Not trained"))
   assert "SGD; ASAM (1 of 3 seeds); SAM; ASAM, auto radius; ASAM in the" in missing
