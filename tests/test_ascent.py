@@ -47,7 +47,7 @@ def factors(params, eta, operator):
 @pytest.mark.parametrize("p", EXPONENTS)
 def test_perturbation_is_the_oracles(p, operator):
   tx = asam_jax.ascent(0.7, 0.01, p, normalization=operator)
-  for leaves in (1, 7, 60):
+  for leaves in (1, 7, 20):  # every shape, dtype and name
     params, grads = random_tree(leaves)
     epsilon, state = tx.update(grads, tx.init(params), params)
     ts = factors(params, 0.01, operator)
@@ -300,9 +300,9 @@ def test_derivatives_where_something_is_zero(p, operator):
       sums = [jnp.sum(a * jnp.sin(e)) for a, e in zip(weights, epsilon, strict=True)]
       return sum(sums) + state.sharpness
 
-    slopes = jax.jit(jax.grad(fun, (0, 1)))(params, grads)
-    curvature = jax.jit(
-        lambda: jax.jvp(jax.grad(fun, (0, 1)), (params, grads), (params, grads))[1]
+    point = (params, grads)
+    slopes, curvature = jax.jit(
+        lambda: jax.jvp(jax.grad(fun, (0, 1)), point, point)
     )()
     for slope in jax.tree.leaves((slopes, curvature)):
       assert np.isfinite(slope).all()

@@ -186,12 +186,12 @@ def test_float16_norms_do_not_overflow():
 
 
 def test_bfloat16_norms_are_summed_in_float32():
-  params = [jnp.zeros((), jnp.bfloat16) for _ in range(400)]
-  grads = [jnp.ones((), jnp.bfloat16) for _ in range(400)]
+  params = [jnp.zeros((), jnp.bfloat16) for _ in range(300)]
+  grads = [jnp.ones((), jnp.bfloat16) for _ in range(300)]
   tx = asam_jax.ascent(1.0, normalization="none")
   epsilon, _ = tx.update(grads, tx.init(params), params)
-  # 1 / sqrt(400); a bfloat16 sum of ones stops at 256 and gives 1 / 16.
-  np.testing.assert_allclose(np.float32(epsilon[0]), 0.05, rtol=5e-3)
+  # 1 / sqrt(300); a bfloat16 sum of ones stops at 256 and gives 1 / 16.
+  np.testing.assert_allclose(np.float32(epsilon[0]), 300**-0.5, rtol=5e-3)
 
 
 def test_trees_of_mixed_precision_keep_their_dtypes():

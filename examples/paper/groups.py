@@ -126,6 +126,8 @@ def label(config: Config, least_epochs: int | None = None) -> str:
     name = f"ASAM in the last {config.last:.0%}".replace("%", " %")
   else:
     name = _LABELS[method]
+  if method == "auto" and config.cosine != Config.cosine:
+    name += f" (cosine {config.cosine:g})"
   if config.base != "sgd" and name:
     name = f"{base} + {name}"
   name = name or base

@@ -22,6 +22,7 @@ _NETWORKS = {
     "transformer_small": "a small Transformer",
     "vgg19_bn": "VGG19-BN",
     "vit_small": "a small ViT",
+    "vit_tiny": "a ViT of 4 blocks and width 96, on patches of 8 x 8",
     "wrn16_8": "WRN-16-8",
     "wrn28_2": "WRN-28-2",
     "wrn28_10": "WRN-28-10",

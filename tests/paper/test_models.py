@@ -107,6 +107,21 @@ def test_eight_layers_by_hand(name, width, side):
     assert costs.parameters(model, *_inputs(name)) == weights
 
 
+@pytest.mark.parametrize(
+    ("name", "depth", "patch"), [("vit_small", 6, 4), ("vit_tiny", 4, 8)]
+)
+def test_vision_transformers_by_hand(name, depth, patch):
+  width, tokens, entries = 96, (32 // patch) ** 2, 3 * patch**2
+  products = tokens * entries * width + 10 * width + depth * (
+      12 * tokens * width**2 + 2 * tokens**2 * width
+  )
+  block = 12 * width**2 + (4 + 5 + 4) * width  # products, their biases, two norms
+  weights = (entries + 1 + tokens + 2) * width + depth * block + 10 * (width + 1)
+  model = models.build(name, 10)
+  assert costs.multiply_adds(model, *_inputs(name)) == products
+  assert costs.parameters(model, *_inputs(name)) == weights
+
+
 # Tracing the two deepest networks takes as long as all others.
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

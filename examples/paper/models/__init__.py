@@ -60,6 +60,8 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
         classes, (3, 4, 6, 3), make
     ),
     "vit_small": _vit,
+    # A sixth of the FLOPs: sixteen patches in place of sixty-four, four blocks of six.
+    "vit_tiny": functools.partial(_vit, depth=4, patch=8),
     "transformer": _transformer,
     "transformer_small": functools.partial(
         _transformer, depth=3, width=128, hidden=256, heads=4
@@ -88,10 +90,10 @@ def build(
       statistics and logits are float32.
     conv: what computes the convolutions: "lax" is XLA's own; "shifts" is faster for 3x3
       kernels on one CPU and has no forward-mode derivative.
-    **options: what the network has of its own: ``dropout`` (Wide ResNets, vit_small,
+    **options: what the network has of its own: ``dropout`` (Wide ResNets, ViTs,
       transformers), ``stem`` (densenet121: "cifar" or "imagenet"), ``shake_drop``
       (pyramidnet272: the last block's probability), ``depth``, ``width``, ``heads``
-      (vit_small, transformers), ``patch`` (vit_small), ``hidden`` (transformers).
+      (ViTs, transformers), ``patch`` (ViTs), ``hidden`` (transformers).
 
   Returns:
     A module whose collections are ``params`` and, with batch norm, ``batch_stats``,
