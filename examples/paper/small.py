@@ -54,7 +54,8 @@ NORMALIZATION = replace(
     examples=1_000, epochs=40, eval_every=40,
 )
 VIT = replace(
-    FEW, name="vit-small", table="vit-small", model="vit_tiny", epochs=40, eval_every=10,
+    FEW, name="vit-small", table="vit-small", model="vit_tiny", epochs=40,
+    eval_every=10,
     base="adamw", learning_rate=1e-3, weight_decay=0.05, warmup=50,
 )
 # Multi30k, German to English, 29,000 sentences.
