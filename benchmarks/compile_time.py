@@ -54,7 +54,7 @@ def step_cases(network: str) -> dict[str, Case]:
   return {name: case(known[name]) for name in METHODS}
 
 
-def tree_cases(leaves: int) -> dict[str, Case]:
+def tree_cases(leaves: int, spellings: Sequence[str] = SPELLINGS) -> dict[str, Case]:
   """The spellings of the perturbation of a tree."""
   tree = [
       jax.ShapeDtypeStruct(SHAPES[i % len(SHAPES)], jnp.float32) for i in range(leaves)
@@ -64,7 +64,7 @@ def tree_cases(leaves: int) -> dict[str, Case]:
     spelling = jax.jit(perturbation.VARIANTS[name], donate_argnums=1)
     return lambda: spelling.lower(tree, tree)
 
-  return {name: case(name) for name in SPELLINGS}
+  return {name: case(name) for name in spellings}
 
 
 def measure(cases: dict[str, Case], rounds: int) -> Iterator[dict[str, Any]]:
@@ -109,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
       default=list(networks.NETWORKS), help="networks whose steps are compiled")
   add("--leaves", nargs="*", type=count, default=[300, 3000],
       help="numbers of leaves of the trees")
+  add("--spellings", nargs="*", choices=SPELLINGS, default=list(SPELLINGS),
+      help="spellings of the perturbation")
   add("--rounds", type=count, default=9, help="how often a network's steps")
   add("--output", type=pathlib.Path, metavar="FILE", help="file for the JSON lines")
   return parser
@@ -122,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   print(json.dumps(rows[0]))
   list(measure(tree_cases(4), 1))  # what a process does once
   parts = [(name, step_cases(name), args.rounds) for name in args.networks]
-  parts += [(f"{leaves} leaves", tree_cases(leaves), 1) for leaves in args.leaves]
+  parts += [(f"{leaves} leaves", tree_cases(leaves, args.spellings), 1) for leaves in args.leaves]
   for part, cases, rounds in parts:
     for row in measure(cases, rounds):
       rows.append({"part": part, **row})

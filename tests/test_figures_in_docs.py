@@ -1,9 +1,11 @@
 """Figures in README and documentation are those of the results that are committed."""
 
 import importlib
+import statistics
 
 import pytest
 
+from benchmarks import compile_time
 from benchmarks import timing
 from examples import records
 from examples.frontier_methods import METHODS
@@ -59,6 +61,47 @@ def test_cost_tables():
   assert len(ours) == 2
   for ratio in ours:
     assert timing.show(ratio) in flat
+
+
+def seconds_to_compile():
+  medians = {}
+  for row in rows_of("compile_time"):
+    seconds = statistics.median(row["compile_seconds"])
+    medians.setdefault(row["part"], {})[row["method"]] = seconds
+  return medians
+
+
+def test_compile_times():
+  page, medians = text("docs/cost.md"), seconds_to_compile()
+  for part, label in (("mlp", "MLP"), ("cnn", "CNN"), ("resnet", "ResNet-8")):
+    taken = medians[part]
+    by_hand = taken["ASAM by hand"]
+    ours = [
+        f"{taken[name]:.2f} ({taken[name] / by_hand:.2f})"
+        for name in ("adaptive_sam", "value_and_grad")
+    ]
+    cells = [label, f"{taken['plain SGD']:.2f}", f"{by_hand:.2f}", *ours]
+    assert f"| {' | '.join(cells)} |" in page
+  for leaves in (300, 3000):
+    taken = medians[f"{leaves} leaves"]
+    cells = [f"{taken[name]:.2f}" for name in compile_time.SPELLINGS]
+    assert f"| {leaves:,} | {' | '.join(cells)} |" in page
+
+
+def test_what_a_trainer_adds():
+  page = text("docs/cost.md")
+  cases = {
+      row["case"]: row for row in records.read(RESULTS / "benchmarks/trainer.jsonl")
+  }
+  for method, label in (("plain", "SGD"), ("asam", "ASAM")):
+    bare, synthetic, real = (
+        cases[f"{method} {kind}"] for kind in ("bare", "synthetic", "real")
+    )
+    line = (f"| {label} | {bare['milliseconds'][1]:.0f} ms"
+            f" | {synthetic['to_bare'][1]:.3f} | {real['to_bare'][1]:.3f} |")
+    assert line in page
+    # Reading real images costs no more than made-up ones.
+    assert real["to_bare"][1] / synthetic["to_bare"][1] < 1.03
 
 
 TASKS = (("mlp", 0.4), ("cnn", 0.4), ("mlp", 0.0), ("cnn", 0.0))
