@@ -124,7 +124,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   print(json.dumps(rows[0]))
   list(measure(tree_cases(4), 1))  # what a process does once
   parts = [(name, step_cases(name), args.rounds) for name in args.networks]
-  parts += [(f"{leaves} leaves", tree_cases(leaves, args.spellings), 1) for leaves in args.leaves]
+  parts += [
+      (f"{leaves} leaves", tree_cases(leaves, args.spellings), 1)
+      for leaves in args.leaves
+  ]
   for part, cases, rounds in parts:
     for row in measure(cases, rounds):
       rows.append({"part": part, **row})
