@@ -93,7 +93,9 @@ def auto_radius(
   Where it holds (on small tasks; the site's page on the radius has the table): without
   batch norm at p = 2, with SGD and AdamW, the default does as well as a radius that was
   tuned. With batch norm and wrong labels it is too timid, and a target of 0.7 or, in a
-  short training, a rate of 0.2 does better; at p = inf a target of 0.9 does.
+  short training, a rate of 0.2 does better; at p = inf a target of 0.9 does. Where the
+  plain optimizer does not come to learn its training set, as in short training with
+  augmentation, the default holds learning back and costs accuracy: raise the target.
 
   Cost: none that counts; memory: one copy of the parameters during the second pass,
   for the gradient at w is kept until then. With ``over`` it is the share of the

@@ -152,3 +152,18 @@ def test_times_of_one_gradient():
   for row in frontier()["cost"]:
     if row["method"] == "momentum" and row["config"]["network"] not in ("mlp", "cnn"):
       assert timing.show(row["time"][1]) in flat
+
+
+def test_where_the_auto_radius_costs_accuracy():
+  """The page on the radius tells of it with the numbers of the results."""
+  flat = text("docs/radius.md").replace("\n", " ")
+  accuracies = {}
+  for row in records.read(RESULTS / "paper/cifar10-few.jsonl"):
+    accuracies.setdefault(row["name"], []).append(100 * row["history"][-1]["accuracy"])
+  shown = {
+      name: f"{statistics.mean(found):.1f} ± "
+      f"{statistics.stdev(found) / len(found) ** 0.5:.1f}"
+      for name, found in accuracies.items() if len(found) >= 3
+  }
+  sgd, asam, auto = (shown[f"cifar10-few-{name}"] for name in ("sgd", "asam", "auto"))
+  assert f"{auto} % where SGD has {sgd} and ASAM with the tuned radius {asam} %" in flat
