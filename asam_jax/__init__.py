@@ -57,7 +57,7 @@ from asam_jax._value_and_grad import value_and_grad
 from asam_jax._verdict import radius_verdict
 from asam_jax._verdict import RadiusVerdict
 
-__version__ = "0.1.0"  # setup.cfg reads it, without importing JAX
+__version__ = "0.2.0"  # setup.cfg reads it, without importing JAX
 
 __all__ = [
     "AboveAverageState",
