@@ -209,6 +209,12 @@ def test_the_page_has_what_is_kept():
   assert compared >= 18
 
 
+def test_a_copy_on_every_chip_makes_the_program_the_same_for_all_sizes():
+  few, many = (kept()["resnet", chips, "SGD"] for chips in (4, 16))
+  for name in ("flops", "bytes_accessed", "temporary_bytes", "collectives"):
+    assert few[name] == many[name]
+
+
 def test_extrapolation_is_along_a_line():
   fewer, more = row("sam"), row("sam", layers=4, flops=160.0)
   more["collectives"] = {"all-reduce": [8, 8, 4]}
