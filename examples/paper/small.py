@@ -96,7 +96,7 @@ def cheaper(config: Config) -> list[Entry]:
   momentum = "adaptive_momentum_sam"
   return [
       Entry(row(config, "late", method="late"), like=asam),
-      Entry(row(config, "looksam", method="looksam"), like=asam),
+      Entry(row(config, "looksam", method="looksam"), sweep=Sweep(ASAM_RADII)),
       Entry(row(config, "momentum", method=momentum), sweep=Sweep(ASAM_RADII)),
   ]
 
