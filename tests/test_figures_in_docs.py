@@ -86,6 +86,10 @@ def test_compile_times():
     taken = medians[f"{leaves} leaves"]
     cells = [f"{taken[name]:.2f}" for name in compile_time.SPELLINGS]
     assert f"| {leaves:,} | {' | '.join(cells)} |" in page
+  (many,) = rows_of("compile_time_10000")
+  each = [many["compile_seconds"][0] / 10, medians["3000 leaves"][many["method"]] / 3]
+  words = "takes {:.0f} s, {:.0f} ms a leaf where it was {:.0f} of 3,000"
+  assert words.format(10 * each[0], *each) in page.replace("\n", " ")
 
 
 def test_what_a_trainer_adds():
