@@ -279,7 +279,7 @@ def _closed_form(leaves: _Leaves, rho: jax.Array, q: float):
     return direction * _trees.power(share, q - 1)
 
   one = euclidean if q == 2 else epsilon
-  epsilons = _each_leaf(leaves, one, rho, h, unit, last=True)
+  epsilons = _each_leaf(leaves, one, rho, h, unit, apart=lambda rule: False)
   if q == math.inf:  # the first leaf of all that has one
     found = jnp.array(False)
     losers = shards and shards.losers([rest for _, *rest in epsilons], leaves.ws)
@@ -300,21 +300,25 @@ def _barrier_jvp(primals, tangents):
 
 
 def _each_leaf(
-    leaves: _Leaves, fun: Callable[..., Any], *scalars: jax.Array, last: bool = False
+    leaves: _Leaves,
+    fun: Callable[..., Any],
+    *scalars: jax.Array,
+    apart: Callable[[_g.LeafRule], bool] = lambda rule: True,
 ) -> list[Any]:
   """One pass: ``fun(T, g, *scalars)`` of each leaf, in the dtype of sums.
 
   Barriers keep XLA from merging the passes, for it would write T g, or a leaf in
   another dtype, to memory in between. Each leaf has one of its own, with its own eta
   and scalars: one for all of them would let XLA:CPU share the broadcast of a scalar
-  among leaves, and so write it to memory at a leaf's size. The last pass needs none:
-  all others have theirs, and XLA may place the arrays around it as it likes.
+  among leaves, and so write it to memory at a leaf's size. Leaves that are not kept
+  ``apart`` have none. The last pass needs none: all others have theirs, and XLA may
+  place the arrays around it as it likes.
   """
   dtype = leaves.eta.dtype
 
   def of_leaf(rule, w, g, kept):
     eta, own = leaves.eta, scalars
-    if not last:
+    if apart(rule):
       w, g, eta, *own = _barrier((w, g, eta, *scalars))
     t = rule.factor(w.astype(dtype), eta) if kept is None else kept
     return fun(t, g.astype(dtype), *own)
@@ -330,7 +334,7 @@ def _each_leaf(
   ]
 
 
-def _sizes(leaves: _Leaves, squares: bool, *scales: Any) -> list[jax.Array]:
+def _sizes(leaves: _Leaves, squares: bool, *scales: Any, **apart) -> list[jax.Array]:
   """For each scale h, of x = h T g h over all leaves: ||x||_2, or the largest |x|.
 
   The scale is applied in two parts, to g and to T g, because no part of it may leave
@@ -340,7 +344,7 @@ def _sizes(leaves: _Leaves, squares: bool, *scales: Any) -> list[jax.Array]:
       lambda x: jnp.max(jnp.abs(x))
   )
   of_leaf = lambda t, g, *own: [of_all(g * h * t * h)[None] for h in own]  # noqa: E731
-  by_scale = zip(*_each_leaf(leaves, of_leaf, *scales), strict=True)
+  by_scale = zip(*_each_leaf(leaves, of_leaf, *scales, **apart), strict=True)
   joined = [lax.concatenate(sizes, 0) for sizes in by_scale]
   if leaves.shards:
     joined = (leaves.shards.sums if squares else leaves.shards.largest)(joined)
@@ -406,7 +410,11 @@ def _in_range(
     return *finished(limited(size), h), jnp.where(h == 1, other, back).astype(dtype)
 
   def in_one_pass(start):
-    one, up, down = _sizes(leaves, squares, *jnp.array([1, big, small], dtype))
+    # With T = 1, T g is g and needs no barrier. XLA:TPU, which has some gradients whole
+    # from their all-reduce, then has the perturbed leaf so: one all-gather less.
+    apart = lambda rule: rule.operator is not _g.none  # noqa: E731
+    scales = jnp.array([1, big, small], dtype)
+    one, up, down = _sizes(leaves, squares, *scales, apart=apart)
     is_up, is_down = (one < lowest) & (up <= highest), ~(one <= highest)
     size = jnp.where(is_up, up, jnp.where(is_down, down, one))
     h = jnp.where(is_up, big, jnp.where(is_down, small, 1)).astype(dtype)

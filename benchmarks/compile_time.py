@@ -5,6 +5,8 @@ Traces, lowers and compiles, each time from empty caches,
 - the step of each network, plain, by hand and the library's;
 - the perturbation alone of trees with many small leaves in four shapes, the library's
   and the equation in two spellings;
+- both with the library's loop taken out, which keeps the norm in the range of its dtype
+  on a CPU: what is left of the difference is not the loop's;
 
 and prints the processor's seconds, of all threads of this process, as medians over the
 rounds, and a JSON line for each with ``--output``. What else the machine does matters
@@ -13,6 +15,7 @@ less to such seconds than to a clock; one core (``taskset -c 0``) makes them ste
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import json
 import pathlib
 import sys
@@ -23,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from asam_jax import _ascent
 from benchmarks import networks
 from benchmarks import perturbation
 from benchmarks import steps
@@ -30,9 +34,14 @@ from benchmarks import timing
 from examples import options
 from examples import records
 
-METHODS = ("plain SGD", "ASAM by hand", "adaptive_sam", "value_and_grad")
+NO_LOOP = ", no loop"
+METHODS = (
+    "plain SGD", "ASAM by hand", "adaptive_sam", "value_and_grad",
+    f"adaptive_sam{NO_LOOP}",
+)
 SPELLINGS = (
-    "asam_jax.ascent", "naive, a barrier between", "naive: T (T g) / norm(T g)"
+    "asam_jax.ascent", "naive, a barrier between", "naive: T (T g) / norm(T g)",
+    f"asam_jax.ascent{NO_LOOP}",
 )
 SHAPES = ((8, 8), (64,), (16, 32), (3, 3, 4, 8))
 BATCH_SIZE = 64
@@ -45,13 +54,14 @@ def step_cases(network: str) -> dict[str, Case]:
   problem = networks.problem(network, BATCH_SIZE)
   params = jax.eval_shape(problem.init)
 
-  def case(step: steps.Step) -> Case:
-    return lambda: jax.jit(step.step, donate_argnums=(0, 1)).lower(
+  def case(name: str) -> Case:
+    step = steps.steps(problem.loss)[name.removesuffix(NO_LOOP)]
+    lower = lambda: jax.jit(step.step, donate_argnums=(0, 1)).lower(  # noqa: E731
         params, jax.eval_shape(step.init, params), problem.batch
     )
+    return without_loop(lower) if name.endswith(NO_LOOP) else lower
 
-  known = steps.steps(problem.loss)
-  return {name: case(known[name]) for name in METHODS}
+  return {name: case(name) for name in METHODS}
 
 
 def tree_cases(leaves: int, spellings: Sequence[str] = SPELLINGS) -> dict[str, Case]:
@@ -61,10 +71,33 @@ def tree_cases(leaves: int, spellings: Sequence[str] = SPELLINGS) -> dict[str, C
   ]
 
   def case(name: str) -> Case:
-    spelling = jax.jit(perturbation.VARIANTS[name], donate_argnums=1)
-    return lambda: spelling.lower(tree, tree)
+    variant = perturbation.VARIANTS[name.removesuffix(NO_LOOP)]
+    # A function of its own: JAX would know the other one's program.
+    lower = lambda: jax.jit(lambda *a: variant(*a), donate_argnums=1).lower(tree, tree)  # noqa: E731
+    return without_loop(lower) if name.endswith(NO_LOOP) else lower
 
   return {name: case(name) for name in spellings}
+
+
+def without_loop(lower: Case) -> Case:
+  """The same with the norm taken once, as it is."""
+
+  def once(leaves: Any, squares: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    one = jnp.ones((), leaves.eta.dtype)
+    (size,) = _ascent._sizes(leaves, squares, one)
+    return _ascent._barrier((size, one / jnp.where(size == 0, jnp.inf, size), one))
+
+  @contextlib.contextmanager
+  def replaced() -> Iterator[None]:
+    kept, _ascent._in_range = _ascent._in_range, once
+    jax.clear_caches()  # they hold what was traced with the other
+    try:
+      yield
+    finally:
+      _ascent._in_range = kept
+      jax.clear_caches()
+
+  return replaced()(lower)
 
 
 def measure(cases: dict[str, Case], rounds: int) -> Iterator[dict[str, Any]]:

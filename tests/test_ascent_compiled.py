@@ -60,6 +60,15 @@ def test_one_loop_and_no_branch_on_cpu(p):
   assert " conditional(" not in program
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("normalization", ["elementwise", "none"])
+def test_leaves_have_barriers_but_for_t_1_on_an_accelerator(platform, normalization):
+  found = lowered(platform, 2, normalization).count(" opt-barrier(")
+  # One is around the scalars; leaves that are alike share their code.
+  assert (found == 1) == (platform == "tpu" and normalization == "none"), found
+  assert found >= 1
+
+
 @pytest.fixture
 def accelerated(monkeypatch):
   """Has the CPU run what is meant for accelerators, where the function is called."""

@@ -164,6 +164,14 @@ def test_bad_options(bad, message, capsys):
   assert message in capsys.readouterr().err
 
 
+def test_what_is_compiled_without_the_loop_has_none():
+  for cases in (compile_time.step_cases("mlp"), compile_time.tree_cases(3)):
+    for name, lower in cases.items():
+      ours = name.startswith(("adaptive_sam", "value_and_grad", "asam_jax"))
+      has_loop = ours and not name.endswith(compile_time.NO_LOOP)
+      assert ("stablehlo.while" in lower().as_text()) == has_loop, name
+
+
 def test_compile_time_of_steps_and_of_trees(tmp_path, capsys, monkeypatch):
   monkeypatch.setitem(networks.NETWORKS, "mlp", (lambda: nn.Dense(10), (3,)))
   path = tmp_path / "new" / "rows.jsonl"
