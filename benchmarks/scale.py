@@ -27,10 +27,12 @@ import sys
 from typing import Any
 
 from benchmarks.pod import scaling
+from examples import style
 
 SIZES = [2**i for i in range(11)]
 IN_TABLE = (1, 4, 16, 64, 256, 1024)
 METHODS = ("SGD", "adaptive_sam", "adaptive_sam, per device", "momentum_sam")
+TITLES = {"mlp": "MLP", "resnet": "ResNet-50", "transformer": "transformer"}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -107,7 +109,10 @@ def plot(parts: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
   picture = figure.Figure(figsize=(9, 3.4 * len(parts)), layout="constrained")
   grid = picture.subplots(len(parts), 2, squeeze=False)
   for axes, (part, rows) in zip(grid, parts.items(), strict=True):
-    for method, colour in zip(METHODS, ("black", "C0", "C1", "C2"), strict=True):
+    for method in METHODS:
+      name, _, variant = method.partition(",")
+      look = style.of(name)
+      colour, face = look.color, "white" if variant else look.color
       chosen = [row for row in rows if row["method"] == method]
       if not chosen:
         continue
@@ -119,10 +124,12 @@ def plot(parts: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
         )
         if None in low:
           continue
-        axis.plot(chips, low, "o-", color=colour, label=method, markersize=3)
+        axis.plot(chips, low, look.marker, linestyle="-", color=colour, label=method,
+                  markersize=4, markerfacecolor=face)
         axis.plot(chips, high, "--", color=colour, linewidth=1)
     for axis, label in zip(axes, ("step time / SGD's", "efficiency"), strict=True):
-      axis.set(xscale="log", xlabel="chips", ylabel=label, title=part, ylim=(0, None))
+      axis.set(xscale="log", xlabel="chips", ylabel=label, ylim=(0, None))
+      axis.set_title(TITLES.get(part, part))
       axis.set_xticks(SIZES, [str(size) for size in SIZES])
       axis.minorticks_off()
   grid[0, 0].legend(fontsize=8, title="solid: exposed, dashed: hidden")

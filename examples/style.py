@@ -141,12 +141,13 @@ def error_bars(axis: Any, x: Any, y: Any, error: float, method: str, **options) 
       "linestyle": "none", "elinewidth": 1.0, "capsize": 2, **options})
 
 
-def bars_mean(runs: int, what: str = "bars") -> str:
-  """What the error bars are, in words for the picture."""
-  if runs < 2:
+def bars_mean(runs: int, what: str = "bars", most: int = 0) -> str:
+  """What the error bars are, in words; of ``runs`` seeds, or up to ``most``."""
+  if max(runs, most) < 2:
     return f"One run of each: no {what}, and no telling what is chance."
   few = ", a rough guess from so few" if runs < 4 else ""
-  return f"Mean of {runs} seeds; {what}: ± one standard error of that mean{few}."
+  seeds = f"{runs} to {most}" if most > runs else f"{runs}"
+  return f"Mean of {seeds} seeds; {what}: ± one standard error of that mean{few}."
 
 
 def scale_by_error(axis: Any) -> None:

@@ -187,6 +187,7 @@ def test_bars_are_explained(tmp_path):
 )
 def test_what_bars_mean_for_few_runs(runs, words):
   assert words in style.bars_mean(runs)
+  assert "Mean of 2 to 3 seeds" in style.bars_mean(2, most=3)
   assert "nan" not in style.bars_mean(runs)
 
 

@@ -1,5 +1,6 @@
 """What a compiled step costs is read rightly; the pod's compiler, where it is there."""
 
+import collections
 import json
 import os
 import pathlib
@@ -179,34 +180,60 @@ def kept():
   lines = [line for path in (ROOT / "results" / "pod").glob("*.jsonl")
            for line in path.read_text().splitlines()]
   rows = [each for each in map(json.loads, lines) if "method" in each]
-  return {(each["part"], each["chips"], each["method"]): each for each in rows}
+  by_name = {(each["part"], each["chips"], each["method"]): each for each in rows}
+  assert len(by_name) == len(rows)
+  return by_name
 
 
 def test_what_is_kept_takes_no_more():
   rows = kept()
-  assert {part for part, *_ in rows} == {"mlp", "resnet", "transformer"}
+  of_slice = lambda *key: {m for *which, m in rows if which == list(key)}  # noqa: E731
+  every = of_slice("mlp", 4)
+  assert len(every) == 11
+  assert of_slice("resnet", 4) == every
+  for chips in (4, 16, 64, 256):
+    assert of_slice("mlp", chips) == every
+    whole = {method for method in every if "per device" not in method}
+    assert of_slice("transformer", chips) == whole
   assert report.violations(list(rows.values())) == []
 
 
-def test_the_page_has_what_is_kept():
+@pytest.mark.parametrize(
+    ("head", "rows_of_it"),
+    [("| Network, and examples a chip |", 20), ("| Over SGD's |", 16)],
+)
+def test_the_page_has_what_is_kept(head, rows_of_it):
   page = (ROOT / "docs" / "many_devices.md").read_text()
-  table = page.split("| Network, and examples a chip |")[1].split("\n\n")[0]
-  rows, above, method, compared = kept(), ["", ""], "", 0
-  for line in table.splitlines()[2:]:
+  lines = page.split(head)[1].split("\n\n")[0].splitlines()[2:]
+  assert len(lines) == rows_of_it
+  rows, above = kept(), ["", ""]
+  for line in lines:
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     above = [cell or old for cell, old in zip(cells[:2], above, strict=True)]
-    network, chips = above
-    part = re.split(r"\W", network)[0].lower()
-    method = (cells[2] or method).replace("`", "").replace(", an ascent", ",")
-    for count in map(int, chips.split(", ")):
-      found = rows[part, count, method]
-      by_hand = rows[part, count, found["by_hand"]]
+    part = re.split(r"\W", above[0])[0].lower()
+    method = cells[2].replace("`", "").replace(", an ascent", ",")
+    for chips in map(int, above[1].split(", ")):
+      found = rows[part, chips, method]
+      base = rows[part, chips, "SGD" if "SGD" in head else found["by_hand"]]
       names = ["flops", "bytes_accessed", "temporary_bytes"]
-      ratios = [f"{found[name] / by_hand[name]:.3f}" for name in names]
-      sums = [sum(map(len, one["collectives"].values())) for one in (found, by_hand)]
-      assert [*ratios, "{} and {}".format(*sums)] == cells[3:], (part, count, method)
-      compared += 1
-  assert compared >= 18
+      ratios = [f"{found[name] / base[name]:.3f}" for name in names]
+      sums = [sum(map(len, one["collectives"].values())) for one in (found, base)]
+      assert [*ratios, "{} and {}".format(*sums)] == cells[3:], (part, chips, method)
+
+
+def test_looksam_exchanges_a_scalar_or_two_more():
+  rows = kept()
+  for part, chips, method in rows:
+    if method.startswith("LookSAM"):
+      base = "adaptive_sam" if "fifth" in method else "SGD"
+      exchanged, of_base = (
+          collections.Counter(
+              (kind, size) for kind, sizes in rows[key]["collectives"].items()
+              for size in sizes)
+          for key in ((part, chips, method), (part, chips, base))
+      )
+      assert all(size <= 8 for _, size in exchanged - of_base)
+      assert not of_base - exchanged
 
 
 def test_a_copy_on_every_chip_makes_the_program_the_same_for_all_sizes():

@@ -122,6 +122,8 @@ def label(config: Config, least_epochs: int | None = None) -> str:
   base, method = _BASES[config.base], config.method
   if method == "looksam":
     name = f"LookSAM (T_w), every {config.every}th step"
+    if config.reuse != Config.reuse:
+      name += f", {config.reuse:g} reused"
   elif method == "late":
     name = f"ASAM in the last {config.last:.0%}".replace("%", " %")
   else:

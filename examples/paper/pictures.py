@@ -51,16 +51,18 @@ def draw_methods(found: list[groups.Group], path: pathlib.Path) -> None:
       path, 1, 2, size=(9.5, 3.9), width_ratios=[1.25, 1]
   ) as (figure, axes):
     curves, costs = axes[0]
-    for group in found:
-      look = style.of(groups.style_of(group.config))
-      longer = group.config.epochs > least
-      _curve(curves, group, look, longer)
+    names = _names(found, least)
+    drawn = set()  # one colour for each method: its other settings have hollow markers
+    for group, name in zip(found, names, strict=True):
+      method = groups.style_of(group.config)
+      look = style.of(method)
+      line = "--" if group.config.epochs > least else ":" if method in drawn else "-"
+      drawn.add(method)
+      _curve(curves, group, look, line)
       value = _score(group)
       style.error_bars(
-          costs, group.gradients(), value.mean, value.error,
-          groups.style_of(group.config),
-          markerfacecolor="white" if longer else look.color,
-          label=groups.label(group.config, least),
+          costs, group.gradients(), value.mean, value.error, method,
+          markerfacecolor=look.color if line == "-" else "white", label=name,
       )
     what = "BLEU on the test set" if found[0].bleu() else "test accuracy (%)"
     curves.set_xlabel("epoch")
@@ -71,21 +73,29 @@ def draw_methods(found: list[groups.Group], path: pathlib.Path) -> None:
     costs.set_ylabel(what)
     costs.set_title("after the last epoch, against cost")
     costs.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    runs = min(len(g.runs) for g in found)
-    style.explain(figure, style.bars_mean(runs, "bars and bands"))
+    runs = sorted(len(g.runs) for g in found)
+    style.explain(figure, style.bars_mean(runs[0], "bars and bands", runs[-1]))
+
+
+def _names(found: list[groups.Group], least: int) -> list[str]:
+  """Each method's name, with its radius where two would have the same."""
+  names = [groups.label(group.config, least) for group in found]
+  return [
+      f"{name}, ρ = {group.config.rho:g}" if names.count(name) > 1 else name
+      for name, group in zip(names, found, strict=True)
+  ]
 
 
 def _score(group: groups.Group) -> groups.Value:
   return group.bleu() or group.last()
 
 
-def _curve(axis, group: groups.Group, look: style.Style, longer: bool) -> None:
+def _curve(axis, group: groups.Group, look: style.Style, line: str) -> None:
   epochs, values = group.curve()
   means = [v.mean for v in values]
   axis.plot(
       epochs, means, color=look.color, marker=look.marker, markersize=4,
-      linestyle="--" if longer else "-",
-      markerfacecolor="white" if longer else look.color,
+      linestyle=line, markerfacecolor=look.color if line == "-" else "white",
   )
   if len(group.runs) > 1:
     low, high = ([v.mean + s * v.error for v in values] for s in (-1, 1))

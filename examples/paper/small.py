@@ -136,6 +136,9 @@ PLAN: tuple[Entry, ...] = (
     auto(VIT),
     *like(NOISY, WORSE),
     *translation(),
+    # Whether it is the reused direction that holds LookSAM back.
+    Entry(row(FEW, "looksam-0.2", method="looksam", reuse=0.2),
+          like=f"{FEW.name}-looksam"),
     *(Entry(config, (0,)) for config in configs.normalization(NORMALIZATION)),
     # Where the network does not learn its training set: no radius helps there.
     *basic(CIFAR10, share=0.5)[:2],

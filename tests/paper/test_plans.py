@@ -6,6 +6,7 @@ import json
 import pytest
 
 from examples.paper import configs
+from examples.paper import groups
 from examples.paper import plans
 from examples.paper import results
 from examples.paper import run
@@ -103,6 +104,15 @@ def test_the_small_plan_has_a_seed_for_the_error_and_never_tunes_on_the_test_set
     )
   rows = [entry.config for entry in small.PLAN]
   assert len({key_of(c) for c in rows}) == len({c.name for c in rows}) == len(rows)
+
+
+def test_no_two_rows_of_a_table_have_one_name():
+  rows = [entry.config for entry in small.PLAN]
+  for table in {c.table for c in rows} - {"normalization-small"}:
+    here = [c for c in rows if c.table == table]
+    least = min(c.epochs for c in here)
+    labels = [groups.label(c, least) for c in here]
+    assert len(set(labels)) == len(labels), labels
 
 
 @pytest.mark.usefixtures("tiny")
