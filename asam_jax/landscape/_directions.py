@@ -114,7 +114,7 @@ def _needed(kind: str, loss: Any) -> Callable[[Any], Any]:
 
 
 def _steepest(loss, params: Any, geometry: Geometry) -> Any:
-  grads = jax.grad(loss, allow_int=True)(params)
+  grads = jax.jit(jax.grad(loss, allow_int=True))(params)
   return perturbation(grads, params, geometry, 1.0)
 
 
