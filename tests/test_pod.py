@@ -200,7 +200,7 @@ def test_what_is_kept_takes_no_more():
 
 @pytest.mark.parametrize(
     ("head", "rows_of_it"),
-    [("| Network, and examples a chip |", 20), ("| Over SGD's |", 16)],
+    [("| Network, and examples a chip |", 21), ("| Over SGD's |", 16)],
 )
 def test_the_page_has_what_is_kept(head, rows_of_it):
   page = (ROOT / "docs" / "many_devices.md").read_text()
@@ -237,9 +237,15 @@ def test_looksam_exchanges_a_scalar_or_two_more():
 
 
 def test_a_copy_on_every_chip_makes_the_program_the_same_for_all_sizes():
-  few, many = (kept()["resnet", chips, "SGD"] for chips in (4, 16))
-  for name in ("flops", "bytes_accessed", "temporary_bytes", "collectives"):
-    assert few[name] == many[name]
+  rows = kept()
+  others = [key for key in rows if key[0] == "resnet" and key[1] != 4]
+  assert {chips for _, chips, _ in others} == {16, 256}
+  for part, chips, method in others:
+    few, many = rows[part, 4, method], rows[part, chips, method]
+    for name in ("flops", "collectives"):
+      assert few[name] == many[name]
+    for name in ("bytes_accessed", "temporary_bytes"):
+      assert few[name] == pytest.approx(many[name], rel=0.003 if chips > 16 else 0)
 
 
 def test_extrapolation_is_along_a_line():
