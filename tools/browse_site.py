@@ -152,12 +152,17 @@ def browser(path: str, folder: str, *options: str) -> list[str]:
   ]
 
 
+def profile() -> "tempfile.TemporaryDirectory[str]":
+  """The browser's own folder; its helpers may write there after it has ended."""
+  return tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+
+
 def visit(path: str, site: Path) -> dict[str, Any]:
   """What the driver saw in all pages."""
   pages = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html"))
   pages = [p for p in pages if not p.startswith("_") and p != "search.html"]
   plan = {"pages": pages, "widths": WIDTHS, "words": list(SEARCHES)}
-  with served(site, plan) as here, tempfile.TemporaryDirectory() as folder:
+  with served(site, plan) as here, profile() as folder:
     address, reports = here
     process = subprocess.Popen(
         browser(path, folder, "--window-size=1400,1000", f"{address}/check"),
@@ -200,7 +205,7 @@ def complaints(report: dict[str, Any]) -> list[str]:
 def photograph(path: str, site: Path, target: Path) -> None:
   """Pictures of the main pages, for people to look at."""
   target.mkdir(parents=True, exist_ok=True)
-  with served(site, {}) as (address, _), tempfile.TemporaryDirectory() as folder:
+  with served(site, {}) as (address, _), profile() as folder:
     for page in PICTURED:
       for width in WIDTHS:
         name = page.removesuffix(".html").replace("/", "_")
