@@ -162,27 +162,22 @@ def from_geometry(
           geometry.param_specs, rules, jtu.tree_leaves(updates), axis_name
       )
     dtype = state.dual_norm.dtype
-    radius, eta = (
-        jnp.asarray(
-            given(state.count) if callable(given) else given,  # pyright: ignore
-            dtype,
-        )
-        for given in (rho, stabilizer)
-    )
-    leaves_of_params, treedef = jtu.tree_flatten(params)
-    ws = [jnp.asarray(w) for w in leaves_of_params]
+    now = [x(state.count) if callable(x) else x for x in (rho, stabilizer)]  # pyright: ignore
+    radius, eta = (jnp.asarray(x, dtype) for x in now)
+    ws = [jnp.asarray(w) for w in jtu.tree_leaves(params)]
     gs = jtu.tree_leaves(updates)
     chosen = [i for i, rule in enumerate(rules) if rule.perturbed and jnp.size(ws[i])]
+    shards = None
+    if geometry.param_specs is not None:
+      shards = _shards.shards_of(geometry.param_specs, [rules[i] for i in chosen])
     leaves = _Leaves(
         tuple(rules[i]._replace(leaf=None) for i in chosen),
         geometry.is_built_in,
         [ws[i] for i in chosen],
         [jnp.asarray(gs[i]) for i in chosen],
         eta,
+        shards=shards,
     )
-    if geometry.param_specs is not None:
-      shards = _shards.shards_of(geometry.param_specs, [rules[i] for i in chosen])
-      leaves = dataclasses.replace(leaves, shards=shards)
     # Without jit around the step, a loop would compile at every call. In a compiled
     # step this is inlined, and changes nothing. Operators of the user's own stay out:
     # a compiled one would not see that what it reads has changed.
@@ -204,7 +199,7 @@ def from_geometry(
     count = state.count  # None where there are no steps, as in a function door
     if count is not None:
       count = jnp.asarray(optax.safe_increment(count))
-    return jtu.tree_unflatten(treedef, result), AscentState(
+    return jtu.tree_unflatten(jtu.tree_structure(params), result), AscentState(
         count,  # pyright: ignore[reportArgumentType]
         sharpness,
         norm,
@@ -303,7 +298,7 @@ def _each_leaf(
     leaves: _Leaves,
     fun: Callable[..., Any],
     *scalars: jax.Array,
-    apart: Callable[[_g.LeafRule], bool] = lambda rule: True,
+    apart: Callable[[_g.LeafRule], bool] | None = None,
 ) -> list[Any]:
   """One pass: ``fun(T, g, *scalars)`` of each leaf, in the dtype of sums.
 
@@ -311,14 +306,14 @@ def _each_leaf(
   another dtype, to memory in between. Each leaf has one of its own, with its own eta
   and scalars: one for all of them would let XLA:CPU share the broadcast of a scalar
   among leaves, and so write it to memory at a leaf's size. Leaves that are not kept
-  ``apart`` have none. The last pass needs none: all others have theirs, and XLA may
-  place the arrays around it as it likes.
+  ``apart`` (None: all are) have none. The last pass needs none: all others have
+  theirs, and XLA may place the arrays around it as it likes.
   """
   dtype = leaves.eta.dtype
 
   def of_leaf(rule, w, g, kept):
     eta, own = leaves.eta, scalars
-    if apart(rule):
+    if apart is None or apart(rule):
       w, g, eta, *own = _barrier((w, g, eta, *scalars))
     t = rule.factor(w.astype(dtype), eta) if kept is None else kept
     return fun(t, g.astype(dtype), *own)
@@ -334,7 +329,12 @@ def _each_leaf(
   ]
 
 
-def _sizes(leaves: _Leaves, squares: bool, *scales: Any, **apart) -> list[jax.Array]:
+def _sizes(
+    leaves: _Leaves,
+    squares: bool,
+    *scales: Any,
+    apart: Callable[[_g.LeafRule], bool] | None = None,
+) -> list[jax.Array]:
   """For each scale h, of x = h T g h over all leaves: ||x||_2, or the largest |x|.
 
   The scale is applied in two parts, to g and to T g, because no part of it may leave
@@ -344,7 +344,7 @@ def _sizes(leaves: _Leaves, squares: bool, *scales: Any, **apart) -> list[jax.Ar
       lambda x: jnp.max(jnp.abs(x))
   )
   of_leaf = lambda t, g, *own: [of_all(g * h * t * h)[None] for h in own]  # noqa: E731
-  by_scale = zip(*_each_leaf(leaves, of_leaf, *scales, **apart), strict=True)
+  by_scale = zip(*_each_leaf(leaves, of_leaf, *scales, apart=apart), strict=True)
   joined = [lax.concatenate(sizes, 0) for sizes in by_scale]
   if leaves.shards:
     joined = (leaves.shards.sums if squares else leaves.shards.largest)(joined)
