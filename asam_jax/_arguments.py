@@ -42,11 +42,12 @@ def real(argument: str, value: Any) -> Any:
 
 
 def scalar(argument: str, value: Any, low: float = 0, high: float = math.inf) -> Any:
-  """Raises unless it is such a number in [low, high); traced ones can't be checked."""
+  """Raises unless it is such a number in [low, high); a traced one becomes NaN."""
   real(argument, value)
-  if is_concrete(value) and not (
-      math.isfinite(float(value)) and low <= float(value) < high
-  ):
+  if not is_concrete(value):
+    fits = (value >= low) & (value > -math.inf) & (value < high)
+    return jnp.where(fits, value, math.nan)
+  if not (math.isfinite(float(value)) and low <= float(value) < high):
     at_least = f" >= {low}" if low > -math.inf else ""
     below = f" and < {high}" if high < math.inf else ""
     raise ValueError(
@@ -98,7 +99,11 @@ def exponent(p: Any) -> Any:
 def count(argument: str, value: Any, least: int = 1) -> int:
   """Raises unless it is an int of at least ``least``."""
   if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-    raise TypeError(f"{argument}={_shown(value)} must be an int >= {least}.")
+    static = (
+        f', no array; under optax.inject_hyperparams pass static_args=("{argument}",)'
+        if isinstance(value, jax.Array) else ""
+    )
+    raise TypeError(f"{argument}={_shown(value)} must be an int >= {least}{static}.")
   if value < least:
     raise ValueError(f"{argument}={value!r} must be an int >= {least}.")
   return int(value)
@@ -326,7 +331,8 @@ def leaves(params: optax.Params, **selections: Any) -> list[tuple[Any, ...]]:
 
 # The name of a bias, and how many of its axes may be longer than 1.
 _BIASES = (
-    (re.compile(r"bias(_.*)?"), 2),  # Flax: [heads, head_dim], or stacked layers
+    (re.compile(r"bias"), 2),  # Flax: [heads, head_dim], or stacked layers
+    (re.compile(r"bias_.*"), 1),  # Equinox's GRU; a matrix bias_table is none
     (re.compile(r"b|offset|beta"), 1),  # Haiku; LoRA's matrix b has two
 )
 
@@ -334,13 +340,13 @@ _BIASES = (
 def is_not_bias(path: Any, leaf: Any) -> bool:
   """The official rule: every leaf is normalized but the biases.
 
-  A bias is told by its own name and its shape: a leaf named ``bias`` or ``bias_...``
-  (Flax, Equinox) with at most two axes longer than 1, for attention has biases of
-  shape [heads, head_dim], and stacked layers [layers, features]; or one named ``b``,
-  ``offset`` or ``beta`` (Haiku) with at most one. So the scale of a batch norm is
-  normalized and its shift is not; a matrix ``b``, as LoRA has, is, and so is a leaf
-  named ``biased_proj``. Leaves without a name (lists, tuples) are normalized.
-  ``describe`` shows the outcome.
+  A bias is told by its own name and its shape: a leaf named ``bias`` (Flax, Equinox)
+  with at most two axes longer than 1, for attention has biases of shape [heads,
+  head_dim], and stacked layers [layers, features]; or one named ``bias_...`` (Equinox's
+  GRU), ``b``, ``offset`` or ``beta`` (Haiku) with at most one. So the scale of a batch
+  norm is normalized and its shift is not; a matrix ``b``, as LoRA has, or
+  ``bias_table`` is, and so is a leaf named ``biased_proj``. Leaves without a name
+  (lists, tuples) are normalized. ``describe`` shows the outcome.
 
   Args:
     path: the leaf's key path, as ``jax.tree_util.tree_map_with_path`` gives it.

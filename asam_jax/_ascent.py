@@ -16,6 +16,7 @@ import optax
 
 from asam_jax import _arguments
 from asam_jax import _geometry as _g
+from asam_jax import _interop
 from asam_jax import _radius
 from asam_jax import _shards
 from asam_jax import _trees
@@ -42,6 +43,7 @@ class AscentState(NamedTuple):
   radius: Any = None
 
 
+@_interop.keeps("normalization", "normalize", "perturb", "param_specs")
 def ascent(
     rho: Radius = 0.5,
     eta: optax.ScalarOrSchedule = 0.01,
@@ -67,8 +69,10 @@ def ascent(
   :math:`\rho T_w \mathrm{sign}(g)`, and at p = 1 all of rho goes to the (first)
   weight with the largest :math:`|T_w g|`.
 
-  Sums run in float32 at least. A zero gradient gives a zero perturbation. NaN or
-  inf in the gradient gives NaN in the perturbation.
+  Sums run in float32 at least. A zero gradient gives a zero perturbation, as does one
+  with :math:`\|T_w g\|_q` below about 1e-48. NaN or inf in the gradient gives NaN in
+  the perturbation, and so do a norm above about 1e51 and a traced rho or eta, or one of
+  a schedule under ``jit``, that turns out to be negative or not finite.
 
   The sign is that of ascent: the result is to be *added* to the parameters.
 
@@ -140,7 +144,7 @@ def from_geometry(
   q = geometry.q
 
   def init_fn(params: optax.Params) -> AscentState:
-    dtype = _g.sum_dtype(geometry.rules(params))
+    dtype = _g.perturbed_dtype(geometry.rules(params))
     zero, also = jnp.zeros((), dtype), jnp.zeros((), dtype)  # buffers of their own
     return AscentState(jnp.zeros((), jnp.int32), zero, also, rule and rule.init(dtype))
 
@@ -199,12 +203,8 @@ def from_geometry(
     count = state.count  # None where there are no steps, as in a function door
     if count is not None:
       count = jnp.asarray(optax.safe_increment(count))
-    return jtu.tree_unflatten(jtu.tree_structure(params), result), AscentState(
-        count,  # pyright: ignore[reportArgumentType]
-        sharpness,
-        norm,
-        state.radius,
-    )
+    new = AscentState(count, sharpness, norm, state.radius)  # pyright: ignore
+    return jtu.tree_unflatten(jtu.tree_structure(params), result), new
 
   return _shards.Ascent.over(geometry.param_specs, init_fn, update_fn)
 

@@ -304,7 +304,9 @@ def _carried(
     clean = jax.tree.map(lambda w: _copy(w, dtype), params)
     base_state = base_tx.init(clean)
     ascent_state = init_ascent(base_state, clean)
-    _check_states(base_state, ascent_state)
+    _two_passes.no_ascent(base_state, CarriedState)
+    _two_passes.no_second_ascent(ascent_state)
+    _radius.refuse(ascent_state)
     return CarriedState(clean, base_state, ascent_state)
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -332,18 +334,6 @@ def _carried(
     return updates, CarriedState(clean, base_state, ascent_state)
 
   return _two_passes.Optimizer(init_fn, update_fn)
-
-
-def _check_states(base_state: Any, ascent_state: Any) -> None:
-  _two_passes.no_second_ascent((base_state, ascent_state))
-  _radius.refuse(ascent_state)
-  stops = (_ascent.AscentState, CarriedState)
-  is_stop = lambda node: isinstance(node, stops)  # noqa: E731
-  if any(map(is_stop, jtu.tree_leaves(base_state, is_leaf=is_stop))):
-    raise TypeError(
-        "base_tx contains an ascent; the base optimizer comes first, the ascent chain"
-        " second: carried(optax.sgd(0.1), asam_jax.ascent(rho))."
-    )
 
 
 # Optax's states that hold a moving sum or mean of the gradients, and its name there.

@@ -111,6 +111,10 @@ def surrogate_gap(
   Returns:
     A function of (clean gradient, perturbed gradient).
 
+  Raises:
+    ValueError, TypeError: if alpha is not one finite number; in the call, if the
+      gradients differ in structure, shape or dtype.
+
   Examples:
     >>> import jax.numpy as jnp
     >>> import asam_jax

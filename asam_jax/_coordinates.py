@@ -23,7 +23,7 @@ from asam_jax import _ascent
 from asam_jax import _shards
 from asam_jax import _trees
 from asam_jax._geometry import Geometry
-from asam_jax._geometry import sum_dtype
+from asam_jax._geometry import perturbed_dtype
 
 # One array per perturbed leaf, in float32 at least.
 Delta: TypeAlias = list[jax.Array]
@@ -46,7 +46,7 @@ class Coordinates:
     _shards.refuse("a measure", geometry.param_specs, "what it draws and sums up")
     eta = _arguments.fixed_scalar("eta", geometry.eta)
     rules = geometry.rules(params)
-    dtype = sum_dtype(rules)
+    dtype = perturbed_dtype(rules)
     chosen = [i for i, r in enumerate(rules) if r.perturbed and jnp.size(r.leaf)]
     if not chosen:
       raise ValueError(
@@ -105,8 +105,7 @@ class Coordinates:
 
   def radius(self, rho: Any) -> jax.Array:
     """Rho in the dtype of sums; NaN if it is traced and turns out to be no radius."""
-    rho = jnp.asarray(_arguments.fixed_scalar("rho", rho), self.dtype)
-    return jnp.where((rho >= 0) & (rho < math.inf), rho, jnp.nan)
+    return jnp.asarray(_arguments.fixed_scalar("rho", rho), self.dtype)
 
 
 def perturbation(

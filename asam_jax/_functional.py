@@ -10,12 +10,12 @@ import jax
 import optax
 
 from asam_jax import _arguments
+from asam_jax import _door
 from asam_jax import _geometry as _g
 from asam_jax import _two_passes
-from asam_jax import _value_and_grad as _door
+from asam_jax._door import Accumulate
 from asam_jax._geometry import LeafSelection
 from asam_jax._geometry import Normalization
-from asam_jax._value_and_grad import Accumulate
 
 
 def functional_value_and_grad(

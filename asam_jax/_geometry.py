@@ -45,6 +45,10 @@ def elementwise(w: jax.Array, eta: Any) -> jax.Array:
   Returns:
     An array of the leaf's shape and dtype.
 
+  Raises:
+    TypeError: if w is not a real float array, or eta not one real number.
+    ValueError: if eta is negative or not finite.
+
   Examples:
     >>> import jax.numpy as jnp
     >>> from asam_jax import elementwise
@@ -59,9 +63,7 @@ def elementwise(w: jax.Array, eta: Any) -> jax.Array:
   return jnp.abs(w) + eta
 
 
-def filterwise(
-    w: jax.Array, eta: Any, *, filter_axis: int = -1
-) -> jax.Array:
+def filterwise(w: jax.Array, eta: Any, *, filter_axis: int = -1) -> jax.Array:
   r"""``T = ||f||_2 + eta`` per convolution filter, ``|w| + eta`` elsewhere.
 
   A leaf of rank 3 or more is taken for a convolution kernel, whose filters lie
@@ -83,6 +85,7 @@ def filterwise(
   Raises:
     ValueError: if a kernel has no axis ``filter_axis``.
     TypeError: if ``filter_axis`` is not an int.
+    ValueError, TypeError: as :func:`elementwise` does.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -100,12 +103,12 @@ def filterwise(
   if axis is None:
     return elementwise(w, eta)
   axes = tuple(other for other in range(w.ndim) if other != axis)
-  return _root_of_squares(w, axes) + eta
+  return _trees.root_of_squares(w, axes) + eta
 
 
 def filter_axis_of(axis: int, rank: int) -> int | None:
   """The axis that numbers the filters of a leaf, or None where it is no kernel."""
-  if isinstance(axis, bool) or not isinstance(axis, int):
+  if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
     raise TypeError(f"filter_axis={axis!r} must be an int.")
   is_kernel = rank >= _CONVOLUTION_RANK
   highest = rank if is_kernel else _HIGHEST_RANK
@@ -135,6 +138,9 @@ def layerwise(w: jax.Array, eta: Any) -> jax.Array:
   Returns:
     A scalar array of the leaf's dtype.
 
+  Raises:
+    ValueError, TypeError: as :func:`elementwise` does.
+
   Examples:
     >>> import jax.numpy as jnp
     >>> from asam_jax import layerwise
@@ -143,32 +149,13 @@ def layerwise(w: jax.Array, eta: Any) -> jax.Array:
   """
   if not isinstance(w, Tracer):  # those were checked before
     _check_leaf(w, eta)
-  return _root_of_squares(w, None) + eta
+  return _trees.root_of_squares(w, None) + eta
 
 
 def _check_leaf(w: Any, eta: Any) -> None:
   if not hasattr(w, "dtype") or not _arguments.is_float(w):
     raise TypeError(f"w={w!r} must be one leaf, a real float array.")
   _arguments.scalar("eta", eta)
-
-
-def _root_of_squares(w: jax.Array, axes: Any, shards: Any = ()) -> jax.Array:
-  """||w||_2 along the axes, with slope 0 where it is zero in place of NaN.
-
-  It is taken relative to the largest entry, for squares leave the range early. The
-  result does not depend on that unit, nor do its derivatives. ``shards`` are the mesh
-  axes that split w along these axes.
-  """
-  keepdims = axes is not None
-  peak = jnp.max(jnp.abs(w), axis=axes, keepdims=keepdims, initial=0)
-  if shards:
-    peak = _shards.largest(peak, shards)
-  unit = jax.lax.stop_gradient(jnp.where(peak == 0, 1, peak))
-  squares = jnp.sum(jnp.square(w / unit), axis=axes, keepdims=keepdims)
-  if shards:
-    squares = jax.lax.psum(squares, shards)
-  root = jnp.sqrt(jnp.where(squares == 0, 1, squares))
-  return jnp.where(squares == 0, 0, unit * root)
 
 
 def none(w: jax.Array, eta: Any) -> float:
@@ -209,6 +196,7 @@ def _same_partial(operator: Operator) -> Operator:
   """One object for equal partials of ours, for JAX compiles anew for each object."""
   if not isinstance(operator, functools.partial) or built_in(operator) is None:
     return operator
+  filter_axis_under(operator, _HIGHEST_RANK)  # for its errors
   return _cached_partial(operator.func, operator.args, *operator.keywords.items())
 
 
@@ -226,7 +214,7 @@ def _of_shard(operator: Operator, split: _shards.Split) -> Operator:
       return operator(w, eta)
     axes = None if axis is None else tuple(i for i in range(w.ndim) if i != axis)
     crossed = tuple(names for i, names in enumerate(split) if i != axis)
-    return _root_of_squares(w, axes, _shards.axes_of(crossed)) + eta
+    return _trees.root_of_squares(w, axes, _shards.axes_of(crossed)) + eta
 
   return of_shard
 
@@ -298,14 +286,9 @@ class Geometry:
       PartitionSpecs.
 
   Examples:
-    >>> import jax.numpy as jnp
-    >>> import asam_jax
-    >>> w, epsilon = jnp.array([2.0, 0.0]), jnp.array([0.5, 0.0])
-    >>> geometry = asam_jax.Geometry(eta=0.0)
-    >>> print(geometry.norm(epsilon, w))  # 0.5 / |2|
-    0.25
-    >>> print(geometry.dual_norm(jnp.array([3.0, 4.0]), w))  # |2| * 3
-    6.0
+    >>> import asam_jax, optax
+    >>> geometry = asam_jax.Geometry(eta=0.0, normalization="filterwise")
+    >>> tx = asam_jax.ae_sam(optax.sgd(0.1), rho=0.5, geometry=geometry)
 
   References:
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
@@ -349,6 +332,14 @@ class Geometry:
 
     Returns:
       A geometry whose eta is no schedule.
+
+    Raises:
+      ValueError, TypeError: if the schedule returns no finite number >= 0.
+
+    Examples:
+      >>> import asam_jax
+      >>> print(asam_jax.Geometry(eta=lambda step: 0.1 * step).at(2).eta)
+      0.2
     """
     if not callable(self.eta):
       return self
@@ -382,7 +373,13 @@ class Geometry:
       do not count.
 
     Raises:
-      TypeError: if epsilon is not a pytree like params.
+      TypeError: if epsilon is not a pytree like params, or eta is a schedule.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from asam_jax import Geometry
+      >>> print(Geometry(eta=0.0).norm(jnp.array([0.5, 0.0]), jnp.array([2.0, 0.0])))
+      0.25
     """
     _arguments.tree_like("epsilon", epsilon, params)
     scaled = []
@@ -405,7 +402,14 @@ class Geometry:
       A float32 scalar (float64 if a parameter is).
 
     Raises:
-      TypeError: if grads is not a pytree like params.
+      TypeError: if grads is not a pytree like params, or eta is a schedule.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from asam_jax import Geometry
+      >>> geometry = Geometry(eta=0.0)
+      >>> print(geometry.dual_norm(jnp.array([3.0, 4.0]), jnp.array([2.0, 0.0])))
+      6.0
     """
     _arguments.tree_like("grads", grads, params)
     scaled = [t * g.astype(w.dtype) for g, w, t in self._triples(grads, params)]
@@ -424,16 +428,13 @@ class Geometry:
           " geometry.at(step)."
       )
     rules = self.rules(params)
-    dtype = sum_dtype(rules)
+    dtype = perturbed_dtype(rules)
     for rule, x in zip(rules, jtu.tree_leaves(tree), strict=True):
       if rule.perturbed:
         w = jnp.asarray(rule.leaf, dtype)
         yield jnp.asarray(x), w, rule.factor(w, self.eta)
 
 
-def sum_dtype(rules: list[LeafRule]) -> Any:
-  """Float32, or float64 if a perturbed leaf is."""
-  leaves = [rule.leaf for rule in rules if rule.perturbed]
-  dtypes = [w.dtype if hasattr(w, "dtype") else jnp.float32 for w in leaves]
-  # NumPy's float64 leaves are float32 in JAX unless 64 bits are enabled.
-  return jnp.result_type(jnp.float32, *map(jax.dtypes.canonicalize_dtype, dtypes))
+def perturbed_dtype(rules: list[LeafRule]) -> Any:
+  """The dtype of sums over the perturbed leaves."""
+  return _trees.sum_dtype([rule.leaf for rule in rules if rule.perturbed])

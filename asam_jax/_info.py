@@ -75,7 +75,7 @@ class AscentInfo(NamedTuple):
 
 def empty(geometry: Geometry, params: Any) -> AscentInfo:
   """The info before the first step."""
-  zero = jnp.zeros((), _g.sum_dtype(geometry.rules(params)))
+  zero = jnp.zeros((), _g.perturbed_dtype(geometry.rules(params)))
   info = AscentInfo(*[zero] * len(AscentInfo._fields))
   return info._replace(nonfinite_steps=jnp.zeros((), jnp.int32))
 
@@ -189,7 +189,7 @@ def _is_coarse(geometry: Geometry, params: Any) -> bool:
 def _moves(geometry: Geometry, params: Any, point: Any) -> Any:
   """(w + epsilon) - w, as the dtypes of the parameters can hold it."""
   rules = geometry.rules(params)
-  dtype = _g.sum_dtype(rules)
+  dtype = _g.perturbed_dtype(rules)
   moves = [
       _as_stored(there, dtype) - jnp.asarray(rule.leaf, dtype)
       if rule.perturbed

@@ -64,7 +64,8 @@ def skip_nonfinite(
     :class:`SkipNonfiniteState`; extra arguments go on to ``link`` and ``base_tx``.
 
   Raises:
-    TypeError: if base_tx is no base optimizer, link no link, or axis_name no name.
+    TypeError: if base_tx is no base optimizer (in ``init``: if it has an ascent in
+      it), link no link, or axis_name no name.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
@@ -85,11 +86,9 @@ def skip_nonfinite(
   axes = tuple(dict.fromkeys([*axes, *_shards.axes_in(link.param_specs)]))
 
   def init_fn(params):
-    return SkipNonfiniteState(
-        skipped=jnp.zeros((), jnp.int32),
-        link=link.init(params),
-        base=base_tx.init(params),
-    )
+    base = base_tx.init(params)
+    _two_passes.no_ascent(base)
+    return SkipNonfiniteState(jnp.zeros((), jnp.int32), link.init(params), base)
 
   def update_fn(updates, state, params=None, **extra_args):
     if given is not None:

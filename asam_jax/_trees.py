@@ -8,9 +8,11 @@ import math
 from typing import Any
 
 import jax
+from jax import lax
 from jax import tree_util as jtu
 import jax.numpy as jnp
 
+from asam_jax import _shards
 from asam_jax._arguments import dtype_of
 from asam_jax._arguments import is_float
 
@@ -18,6 +20,13 @@ from asam_jax._arguments import is_float
 def f32(x: Any) -> jax.Array:
   """In float32 at least: half precision neither sums nor squares safely."""
   return jnp.asarray(x, jnp.promote_types(dtype_of(x), jnp.float32))
+
+
+def sum_dtype(leaves: Sequence[Any]) -> Any:
+  """Float32, or float64 if a leaf is."""
+  dtypes = [w.dtype if hasattr(w, "dtype") else jnp.float32 for w in leaves]
+  # NumPy's float64 leaves are float32 in JAX unless 64 bits are enabled.
+  return jnp.result_type(jnp.float32, *map(jax.dtypes.canonicalize_dtype, dtypes))
 
 
 def floats(tree: Any) -> list[jax.Array]:
@@ -42,6 +51,25 @@ def norm(tree: Any, p: float = 2) -> jax.Array:
   unit = jnp.where(usable, peak, 1)
   total = total_of([jnp.abs(x / unit) ** p for x in leaves])
   return jnp.where(usable, unit * total ** (1 / p), peak)
+
+
+def root_of_squares(w: jax.Array, axes: Any, shards: Any = ()) -> jax.Array:
+  """||w||_2 along the axes, with slope 0 where it is zero in place of NaN.
+
+  It is taken relative to the largest entry, for squares leave the range early. The
+  result does not depend on that unit, nor do its derivatives. ``shards`` are the mesh
+  axes that split w along these axes.
+  """
+  keepdims = axes is not None
+  peak = jnp.max(jnp.abs(w), axis=axes, keepdims=keepdims, initial=0)
+  if shards:
+    peak = _shards.largest(peak, shards)
+  unit = lax.stop_gradient(jnp.where(peak == 0, 1, peak))
+  squares = jnp.sum(jnp.square(w / unit), axis=axes, keepdims=keepdims)
+  if shards:
+    squares = lax.psum(squares, shards)
+  root = jnp.sqrt(jnp.where(squares == 0, 1, squares))
+  return jnp.where(squares == 0, 0, unit * root)
 
 
 def total_of(leaves: Sequence[jax.Array]) -> jax.Array:

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from asam_jax import _arguments
+from asam_jax import _ascent
 from asam_jax import _geometry as _g
 from asam_jax import _info
 from asam_jax import _interop
@@ -357,7 +358,7 @@ def optimizer(base_tx: Any, link: Any) -> Optimizer:
 
   def init_fn(params):
     state = chained.init(params)
-    no_second_ascent(state[1])  # pyright: ignore[reportIndexIssue]
+    no_ascent(state[1])  # pyright: ignore[reportIndexIssue]
     return state
 
   return Optimizer(init_fn, chained.update)
@@ -370,4 +371,16 @@ def no_second_ascent(state: Any) -> None:
     raise TypeError(
         "perturbed_gradient stands inside an ascent chain or a base optimizer: this"
         " would be ASAM twice. Use it once."
+    )
+
+
+def no_ascent(state: Any, *others: type) -> None:
+  """Raises if the state of base_tx has an ascent's in it, or one of other classes."""
+  no_second_ascent(state)
+  stops = (_ascent.AscentState, *others)
+  stop = lambda node: isinstance(node, stops)  # noqa: E731
+  if any(map(stop, jax.tree.leaves(state, is_leaf=stop))):
+    raise TypeError(
+        "base_tx contains an ascent, which leads uphill; give the optimizer that makes"
+        " the step, such as optax.sgd(0.1), first, and what perturbs after it."
     )

@@ -15,19 +15,20 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from asam_jax import _arguments
+from asam_jax import _door
 from asam_jax import _geometry as _g
 from asam_jax import _groups
 from asam_jax import _interop
 from asam_jax import _mesh
 from asam_jax import _microbatched
 from asam_jax import _two_passes
-from asam_jax import _value_and_grad as _door
+from asam_jax._door import Accumulate
 from asam_jax._geometry import LeafSelection
 from asam_jax._geometry import Normalization
-from asam_jax._value_and_grad import Accumulate
 
 _interop.require("nnx", "flax")
 from flax import nnx  # noqa: E402  (after the error that names the extra)
@@ -172,7 +173,7 @@ def value_and_grad(
     step_at = functools.partial(step, radius=door.radius_in(kwargs))
     if m_sharpness is None:
       return step_at(args, kwargs)
-    params, at = _params(args, place, wrt), _door.batch_argument(place)
+    params, at = _params(args, place, wrt), _door.batch_argument(place, len(args))
     if axis_name is not None:
       nnx.update(args[place], _mesh.own(params, axis_name))
     results = _nnx_groups.each(
@@ -215,8 +216,8 @@ def grad(
 
   Returns:
     A function with the arguments of ``fun`` that returns ``grads``, or
-    ``(grads, aux)`` with ``has_aux``, as ``nnx.grad`` does; followed by an
-    :class:`asam_jax.AscentInfo` if ``with_info``.
+    ``(grads, aux)`` with ``has_aux``, as ``nnx.grad`` does; followed by the next
+    state of a radius rule, and by an :class:`asam_jax.AscentInfo` if ``with_info``.
 
   Raises:
     ValueError, TypeError: as :func:`value_and_grad` does.
@@ -407,16 +408,16 @@ def _differentiated(argnums: Any) -> tuple[int, Any]:
   """The argument's number, and the filter of its variables."""
   if isinstance(argnums, nnx.DiffState):
     return argnums.argnum, argnums.filter
-  if isinstance(argnums, bool) or not isinstance(argnums, int):
+  if isinstance(argnums, bool) or not isinstance(argnums, (int, np.integer)):
     raise TypeError(
         f"argnums={argnums!r} must be an int or an nnx.DiffState; put several modules"
         " into one, which has one perturbation."
     )
-  return argnums, nnx.Param
+  return int(argnums), nnx.Param
 
 
 def _params(args: tuple[Any, ...], place: int, wrt: Any) -> Any:
-  if not 0 <= place < len(args):
+  if not -len(args) <= place < len(args):
     raise TypeError(
         f"argnums={place} with {len(args)} positional arguments; pass the module"
         " that is differentiated by position."

@@ -244,17 +244,16 @@ def test_an_ascent_chain_has_its_own_radius_and_geometry():
     asam_jax.value_and_grad(loss, ascent=0.5)  # pyright: ignore
 
 
-@pytest.mark.parametrize("argnums", [0, 1, (0, 2)])
+@pytest.mark.parametrize("argnums", [0, 1, (0, 2), -3, -2, (-3, 2)])
 def test_accumulation_by_a_number_of_rows(argnums):
   # The batch is the first argument that is not differentiated.
   def fun(a, b, c):
-    order = {0: (b, a, c), 1: (a, b, c), (0, 2): (b, a, c)}[argnums]
-    batch, w, other = order
+    batch, w, other = (a, b, c) if argnums in (1, -2) else (b, a, c)
     return jnp.mean(jnp.tanh(batch @ w + jnp.sum(other)) ** 2)
 
   rng = np.random.default_rng(1)
   batch, w, c = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 3), 3, 2))
-  args = (batch, w, c) if argnums == 1 else (w, batch, c)
+  args = (batch, w, c) if argnums in (1, -2) else (w, batch, c)
   whole = asam_jax.value_and_grad(fun, argnums, rho=0.3)(*args)
   pieces = asam_jax.value_and_grad(fun, argnums, rho=0.3, accumulate=2)(*args)
   chex.assert_trees_all_close(pieces, whole, rtol=1e-5, atol=1e-6)

@@ -83,7 +83,7 @@ FUNCTION = (None, 3, "loss", W, [loss], jnp.ones(2))
 TRANSFORMATION = (None, 3, "sgd", W, object(), optax.sgd, lambda g: g, (SGD,), SGD.init,
                   optax.GradientTransformation)
 WHOLE = asam_jax.adaptive_sam(SGD)
-BASE = (*TRANSFORMATION, WHOLE, link(), asam_jax.ascent)
+BASE = (*TRANSFORMATION, WHOLE, link(), asam_jax.ascent, asam_jax.ascent())
 ASCENT = (*TRANSFORMATION, WHOLE, link(), asam_jax.ascent)
 LINK = (*TRANSFORMATION, WHOLE, SGD, asam_jax.ascent(), asam_jax.ascent)
 GEOMETRY = (None, 0.01, "elementwise", {"eta": 0.01}, Geometry, W, True)
@@ -605,7 +605,7 @@ def valid_rows():
       elif argument == "argnums" and "microbatched" in function:
         yield function, argument, (np.int64(1), (1,), [np.int64(1)])
       elif argument == "argnums" and function.startswith("nnx."):
-        yield function, argument, (0, nnx.DiffState(0, nnx.Param))
+        yield function, argument, (0, -2, np.int64(0), nnx.DiffState(0, nnx.Param))
       elif (function, argument) == ("loss_budget", "sigma"):
         yield function, argument, (*NUMBERS, *SCHEDULES)
       elif VALID.get(argument):

@@ -21,17 +21,20 @@ def link(**options):
   return asam_jax.perturbed_gradient(asam_jax.ascent(0.1), **options)
 
 
+BUILDERS = {
+    "adaptive_sam": asam_jax.adaptive_sam,
+    "sam": asam_jax.sam,
+    "looksam": asam_jax.looksam,
+    "ae_sam": asam_jax.ae_sam,
+    "gsam": asam_jax.gsam,
+    "friendly_sam": asam_jax.friendly_sam,
+    "vasso": asam_jax.vasso,
+    "momentum_sam": asam_jax.momentum_sam,
+    "carried": lambda base: asam_jax.carried(base, asam_jax.ascent()),
+    "skip_nonfinite": lambda base: asam_jax.skip_nonfinite(base, link()),
+}
 WHOLE = {
-    "adaptive_sam": lambda: asam_jax.adaptive_sam(optax.sgd(0.1)),
-    "sam": lambda: asam_jax.sam(optax.sgd(0.1)),
-    "looksam": lambda: asam_jax.looksam(optax.sgd(0.1)),
-    "ae_sam": lambda: asam_jax.ae_sam(optax.sgd(0.1)),
-    "gsam": lambda: asam_jax.gsam(optax.sgd(0.1)),
-    "friendly_sam": lambda: asam_jax.friendly_sam(optax.sgd(0.1)),
-    "vasso": lambda: asam_jax.vasso(optax.sgd(0.1)),
-    "momentum_sam": lambda: asam_jax.momentum_sam(optax.sgd(0.1)),
-    "carried": lambda: asam_jax.carried(optax.sgd(0.1), asam_jax.ascent()),
-    "skip_nonfinite": lambda: asam_jax.skip_nonfinite(optax.sgd(0.1), link()),
+    name: lambda build=build: build(optax.sgd(0.1)) for name, build in BUILDERS.items()
 }
 
 
@@ -78,6 +81,15 @@ def test_whole_optimizers_that_a_wrapper_hides():
   by_hand = optax.chain(link(), optax.sgd(0.1))
   with pytest.raises(TypeError, match="link is GradientTransformationExtraArgs"):
     asam_jax.combined(by_hand, asam_jax.surrogate_gap(0.1))
+
+
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+@pytest.mark.parametrize(
+    "ascent", [asam_jax.ascent(), optax.chain(optax.clip(1.0), asam_jax.ascent())],
+    ids=["alone", "chained"])
+def test_an_ascent_is_no_base(build, ascent):
+  with pytest.raises(TypeError, match="base_tx contains an ascent"):
+    build(ascent).init(W)
 
 
 def test_swapped_arguments():
@@ -154,6 +166,22 @@ def test_sam_keeps_a_predicate_under_inject_hyperparams():
       base_tx=optax.sgd(0.1), rho=0.1, perturb=asam_jax.is_not_bias
   )
   injected.update(W, injected.init(W), W, grad_fn=jax.grad(loss))
+
+
+def test_an_ascent_keeps_its_functions_under_inject_hyperparams():
+  options = {"normalize": lambda path, leaf: True, "perturb": asam_jax.is_not_bias}
+  injected = optax.inject_hyperparams(asam_jax.ascent, static_args="p")(
+      rho=optax.constant_schedule(0.3), **options)
+  got, _ = injected.update(W, injected.init(W), W)
+  plain = asam_jax.ascent(0.3, **options)
+  chex.assert_trees_all_close(got, plain.update(W, plain.init(W), W)[0], rtol=1e-6)
+
+
+def test_a_number_that_decides_what_is_compiled_says_so():
+  injected = optax.inject_hyperparams(asam_jax.looksam)(
+      base_tx=optax.sgd(0.1), k=5)
+  with pytest.raises(TypeError, match=r'k=.* no array; .* static_args=\("k",\)'):
+    injected.init(W)
 
 
 def test_a_predicate_that_is_called_as_a_schedule_says_so():

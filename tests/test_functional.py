@@ -202,9 +202,10 @@ def test_argnums_and_what_the_loss_is_given():
 def test_accumulate_is_the_whole_batch():
   expected = asam_jax.functional_value_and_grad(
       model, loss, rho=0.4, with_info=True)(W32, BATCH)
-  for accumulate in (2, lambda fun: asam_jax.microbatched(fun, 4)):
+  for argnums, accumulate in (
+      (0, 2), (-2, 2), (0, lambda fun: asam_jax.microbatched(fun, 4))):
     fun = asam_jax.functional_value_and_grad(
-        model, loss, rho=0.4, accumulate=accumulate, with_info=True)
+        model, loss, argnums, rho=0.4, accumulate=accumulate, with_info=True)
     chex.assert_trees_all_close(
         jax.jit(fun)(W32, BATCH), expected, rtol=2e-4, atol=1e-6)
 

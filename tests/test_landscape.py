@@ -51,6 +51,14 @@ def test_directions_have_unit_length(kind, p):
   np.testing.assert_allclose(length_of(d, params, p), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 300), ("float32", 1e25)])
+def test_large_filters_have_a_direction(dtype, size):
+  params = {"kernel": jnp.full((8, 4), size, dtype), "bias": jnp.zeros(4, dtype)}
+  d = landscape.direction("filter", params)
+  assert d["kernel"].dtype == dtype
+  np.testing.assert_allclose(length_of(d, params, 2), 1, rtol=2e-3)
+
+
 def test_gradient_direction_is_the_ascent():
   params, _, loss = network()
   d = landscape.direction("gradient", params, loss=loss)

@@ -131,6 +131,15 @@ def test_results_of_the_groups():
   assert aux["loss"].dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("argnums", [-2, (-2,)])
+def test_arguments_may_be_counted_from_the_end(argnums):
+  fun = asam_jax.value_and_grad(loss, argnums, rho=0.3, m_sharpness=4, with_info=True)
+  value, grads, info = jax.jit(fun)(PARAMS, BATCH)
+  grads = grads if argnums == -2 else grads[0]
+  chex.assert_trees_all_close(
+      (value, grads, info), one_by_one(4), rtol=2e-5, atol=2e-6)
+
+
 def test_a_group_that_is_not_finite_counts_as_one_step():
   x, y = BATCH
   bad = x.at[jnp.array([1, 9])].set(jnp.nan), y

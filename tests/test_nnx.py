@@ -284,7 +284,7 @@ def test_grad_fn_touches_no_module_and_draws_the_same_masks():
         (True, "argnums=True must be an int"),
         (1, "argnums=1 is a ArrayImpl without variables"),
         (3, "argnums=3 with 3 positional arguments"),
-        (-1, "argnums=-1 with 3 positional arguments"),
+        (-4, "argnums=-4 with 3 positional arguments"),
         (nnx.DiffState(0, nnx.Cache), "argnums=0 is a Model without variables"),
     ],
 )

@@ -77,6 +77,8 @@ def test_a_bias_has_its_name_and_its_rank():
   # Haiku's batch norm keeps axes of length 1; Flax's attention splits its biases.
   assert selected({"offset": jnp.ones((1, 1, 1, 4)), "b": vector}) == set()
   assert selected({"bias": matrix, "bias_hh": vector}) == set()
+  assert selected({"bias_table": matrix, "bias_n": jnp.ones((1, 4))}) == {
+      "['bias_table']"}
   assert selected({"bias": cube}) == {"['bias']"}
 
 
@@ -150,11 +152,11 @@ def test_describe_takes_a_geometry():
 
 
 def test_a_filter_axis_that_no_kernel_has():
-  for axis, error in ((9, ValueError), (-9, ValueError), ("0", TypeError)):
+  bad = ((9, ValueError), (-9, ValueError), ("0", TypeError), ([0], TypeError))
+  for axis, error in bad:
     operator = functools.partial(asam_jax.filterwise, filter_axis=axis)
-    tx = asam_jax.ascent(normalization=operator)
     with pytest.raises(error, match="filter_axis="):
-      tx.update(jnp.ones((2, 3)), tx.init(jnp.ones((2, 3))), jnp.ones((2, 3)))
+      asam_jax.ascent(normalization=operator)
 
 
 def test_describe_names_own_operators():

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 
+import chex
 import equinox as eqx
 from flax import linen as nn
 from flax import nnx
@@ -121,6 +122,18 @@ def test_what_a_schedule_returns_is_checked(argument, value):
   tx = asam_jax.ascent(**{argument: lambda count: value})
   with pytest.raises((ValueError, TypeError), match=rf"{argument}.*=.* must be"):
     tx.update(W, tx.init(W), W)
+
+
+@pytest.mark.parametrize("argument", ["rho", "eta"])
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
+def test_what_can_t_be_checked_under_jit_gives_nan(argument, value):
+  tx = asam_jax.ascent(**{argument: lambda count: value + 0 * count})
+  epsilon, _ = jax.jit(tx.update)(W, tx.init(W), W)
+  assert all(np.isnan(e).all() for e in jax.tree.leaves(epsilon))
+  door = lambda x: asam_jax.value_and_grad(loss, **{argument: x})(W)[1]  # noqa: E731
+  assert all(np.isnan(g).all() for g in jax.tree.leaves(jax.jit(door)(value)))
+  chex.assert_trees_all_equal(
+      jax.jit(door)(0.3), jax.jit(lambda: door(0.3))())
 
 
 @pytest.mark.parametrize("value", [np.array(0.5), np.float64(0.5), jnp.array(0.5), 1])

@@ -42,6 +42,7 @@ TESTS = {
     "_coordinates": "sharpness/average_case sharpness/curvature sharpness/worst_case"
                     " sharpness/auto_pgd",
     "_describe": "normalization defects bad_input",
+    "_door": "bad_input transform autodiff microbatch m_sharpness functional",
     "_functional": "functional bad_input",
     "_geometry": "normalization bad_input defects ascent autodiff",
     "_groups": "m_sharpness bad_input",

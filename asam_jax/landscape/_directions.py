@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from asam_jax import _arguments
+from asam_jax import _trees
 from asam_jax import sharpness
 from asam_jax._coordinates import Coordinates
 from asam_jax._coordinates import perturbation
@@ -136,8 +137,8 @@ def _like_filters(path, z, w, filter_axis: int):
         f" shape {w.shape}; use -1 (Flax, Haiku) or 0 (Equinox)."
     )
   axes = tuple(a for a in range(w.ndim) if a != filter_axis % w.ndim)
-  norms = [jnp.sqrt(jnp.sum(x**2, axes, keepdims=True)) for x in (w, z)]
-  return z * norms[0] / jnp.where(norms[1] > 0, norms[1], 1)
+  size, drawn = (_trees.root_of_squares(_trees.f32(x), axes) for x in (w, z))
+  return (z * (size / jnp.where(drawn > 0, drawn, 1))).astype(z.dtype)
 
 
 def _to_unit_length(kind: str, epsilon: Any, params: Any, geometry: Geometry) -> Any:
