@@ -9,7 +9,7 @@ Traces, lowers and compiles, each time from empty caches,
   on a CPU: what is left of the difference is not the loop's;
 
 and prints the processor's seconds, of all threads of this process, as medians over the
-rounds, and a JSON line for each with ``--output``. What else the machine does matters
+rounds, and writes a JSON line for each. What else the machine does matters
 less to such seconds than to a clock; one core (``taskset -c 0``) makes them steadier.
 """
 
@@ -45,6 +45,7 @@ SPELLINGS = (
 )
 SHAPES = ((8, 8), (64,), (16, 32), (3, 3, 4, 8))
 BATCH_SIZE = 64
+OUTPUT = pathlib.Path("runs/benchmarks/compile_time.jsonl")
 
 Case = Callable[[], Any]  # gives what is lowered
 
@@ -139,8 +140,10 @@ def parser() -> argparse.ArgumentParser:
       help="numbers of leaves of the trees")
   add("--spellings", nargs="*", choices=SPELLINGS, default=list(SPELLINGS),
       help="spellings of the perturbation")
-  add("--rounds", type=count, default=9, help="how often a network's steps")
-  add("--output", type=pathlib.Path, metavar="FILE", help="file for the JSON lines")
+  add("--rounds", type=count, default=9,
+      help="number of times that a network's steps are compiled")
+  add("--output", type=pathlib.Path, default=OUTPUT, metavar="FILE",
+      help="file for the JSON lines")
   return parser
 
 
@@ -160,8 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in measure(cases, rounds):
       rows.append({"part": part, **row})
       print(show(rows[-1]), flush=True)
-      if args.output:
-        records.write(args.output, rows)
+      records.write(args.output, rows)
 
 
 if __name__ == "__main__":

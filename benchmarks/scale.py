@@ -27,6 +27,8 @@ import sys
 from typing import Any
 
 from benchmarks.pod import scaling
+from examples import options
+from examples import records
 from examples import style
 
 SIZES = [2**i for i in range(11)]
@@ -35,21 +37,21 @@ METHODS = ("SGD", "adaptive_sam", "adaptive_sam, per device", "momentum_sam")
 TITLES = {"mlp": "MLP", "resnet": "ResNet-50", "transformer": "transformer"}
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
   """The options."""
-  parser = argparse.ArgumentParser(
-      prog="python -m benchmarks.scale",
-      description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = options.parser(__doc__)
   add = parser.add_argument
+  count = options.number(int, 1)
   costs, folder = pathlib.Path("runs/pod.jsonl"), pathlib.Path("runs/scale")
-  add("--costs", type=pathlib.Path, nargs="+", default=[costs], help="of a pod")
-  add("--folder", type=pathlib.Path, default=folder, help="for rows, table and picture")
-  add("--check", action="store_true", help="against this machine's CPU devices")
-  add("--devices", type=int, default=4, help="of the check")
-  add("--repeats", type=int, default=21, help="of the check")
-  return parser.parse_args(arguments)
+  add("--costs", type=pathlib.Path, nargs="+", default=[costs], metavar="FILE",
+      help="what python -m benchmarks.pod wrote: the costs of a step on a pod")
+  add("--folder", type=pathlib.Path, default=folder,
+      help="folder for rows, table and picture")
+  add("--check", action="store_true",
+      help="compare the model with this machine's CPU devices")
+  add("--devices", type=count, default=4, help="number of devices in the check")
+  add("--repeats", type=count, default=21, help="number of timings in the check")
+  return parser
 
 
 def read(paths: Sequence[pathlib.Path]) -> dict[str, list[dict[str, Any]]]:
@@ -138,14 +140,14 @@ def plot(parts: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   """Predicts, prints, draws and writes; returns the rows."""
-  options = parse(arguments)
-  options.folder.mkdir(parents=True, exist_ok=True)
-  if options.check:
-    flags = f"--xla_force_host_platform_device_count={options.devices}"
+  args = parser().parse_args(arguments)
+  args.folder.mkdir(parents=True, exist_ok=True)
+  if args.check:
+    flags = f"--xla_force_host_platform_device_count={args.devices}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     from benchmarks.pod import check  # starts JAX, with these devices
 
-    results = check.measure(options.devices, options.repeats)
+    results = check.measure(args.devices, args.repeats)
     text, name = check.table(results), "check"
   else:
     chip, name = scaling.V5E, "scale"
@@ -153,19 +155,18 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         slice_=chip.slice_, network=chip.network / 1e9
     )
     parts, results, tables = {}, [], []
-    for part, rows in read(options.costs).items():
+    for part, rows in read(args.costs).items():
       parts[part] = scaling.predictions(rows, SIZES, chip)
       tables.append(table(parts[part], notes_of(rows)))
       results += parts[part]
     given = " ".join(map(str, sys.argv[1:] if arguments is None else arguments))
     heading = f"Predicted, not measured, by `python -m benchmarks.scale {given}` for"
     text = "\n\n".join([f"{heading}\n`{chip}`", assumptions, *tables])
-    plot(parts, options.folder / "scale.png")
+    plot(parts, args.folder / "scale.png")
   print(text)
-  (options.folder / f"{name}.md").write_text(f"{text}\n")
-  rows = "".join(json.dumps(row) + "\n" for row in results)
-  (options.folder / f"{name}.jsonl").write_text(rows)
-  print(f"\nwritten to {options.folder}")
+  records.replace(args.folder / f"{name}.md", f"{text}\n")
+  records.write(args.folder / f"{name}.jsonl", results)
+  print(f"\nwritten to {args.folder}")
   return results
 
 

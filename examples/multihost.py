@@ -48,6 +48,8 @@ import orbax.checkpoint as ocp
 import asam_jax
 from examples import digits
 from examples import multihost_launch
+from examples import options
+from examples import records
 
 AXIS = "data"
 MODEL = digits.MLP(256)
@@ -67,30 +69,33 @@ class Run(NamedTuple):
   losses: jax.Array
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
   """The options."""
-  parser = argparse.ArgumentParser(
-      prog="python -m examples.multihost",
-      description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = options.parser(__doc__)
   add = parser.add_argument
-  add("--steps", type=int, default=60)
-  add("--batch-size", type=int, default=64, help="examples of all devices together")
-  add("--rho", type=float, default=0.5)
-  add("--save-every", type=int, default=5, help="steps between two checkpoints")
-  add("--directory", type=pathlib.Path, default=pathlib.Path("runs/multihost"))
-  add("--launch", type=int, metavar="N", help="start N processes on this machine")
-  add("--devices", type=int, default=4, help="of each process under --launch")
-  add("--distributed", action="store_true", help="one of several processes")
-  add("--coordinator", help="host:port of process 0; by default the cluster says it")
-  add("--processes", type=int, help="how many there are; likewise")
-  add("--process", type=int, help="which of them this one is; likewise")
-  add("--heartbeat", type=int, default=10, help="seconds until silence means death")
-  options = parser.parse_args(arguments)
-  if options.steps < 1 or options.save_every < 1:
-    parser.error("--steps and --save-every: at least 1")
-  return options
+  count = options.number(int, 1)
+  add("--steps", type=count, default=60, help="number of steps of the whole run")
+  add("--batch-size", type=count, default=64,
+      help="number of examples in a step, on all devices together")
+  add("--rho", type=options.number(float, 0), default=0.5,
+      help="radius of the perturbation, a fraction of each weight")
+  add("--save-every", type=count, default=5,
+      help="number of steps between two checkpoints")
+  add("--directory", type=pathlib.Path, default=pathlib.Path("runs/multihost"),
+      help="folder for checkpoints, result and what the processes print")
+  add("--launch", type=count, metavar="N", help="start N processes on this machine")
+  add("--devices", type=count, default=4,
+      help="number of devices of each process under --launch")
+  add("--distributed", action="store_true", help="be one of several processes")
+  add("--coordinator", metavar="HOST:PORT",
+      help="where process 0 is; if not given, what the cluster says")
+  add("--processes", type=count, metavar="N",
+      help="how many processes there are; likewise")
+  add("--process", type=options.number(int, 0), metavar="I",
+      help="which of them this one is; likewise")
+  add("--heartbeat", type=count, default=10,
+      help="seconds of silence after which a process counts as dead")
+  return parser
 
 
 def optimizer(rho: float) -> optax.GradientTransformationExtraArgs:
@@ -207,50 +212,50 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def connect(options: argparse.Namespace) -> None:
+def connect(args: argparse.Namespace) -> None:
   """Joins the other processes; before this, JAX must not have been used."""
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(
-      options.coordinator,
-      options.processes,
-      options.process,
+      args.coordinator,
+      args.processes,
+      args.process,
       initialization_timeout=60,
-      heartbeat_timeout_seconds=options.heartbeat,
-      shutdown_timeout_seconds=options.heartbeat,
+      heartbeat_timeout_seconds=args.heartbeat,
+      shutdown_timeout_seconds=args.heartbeat,
   )
 
 
-def work(options: argparse.Namespace) -> None:
+def work(args: argparse.Namespace) -> None:
   """What each process does."""
-  if options.distributed:
-    connect(options)
-  directory = options.directory / "checkpoints"
+  if args.distributed:
+    connect(args)
+  directory = args.directory / "checkpoints"
   run = train(
       directory,
-      steps=options.steps,
-      batch_size=options.batch_size,
-      rho=options.rho,
-      save_every=options.save_every,
+      steps=args.steps,
+      batch_size=args.batch_size,
+      rho=args.rho,
+      save_every=args.save_every,
   )
   losses = np.asarray(run.losses).tolist()  # a copy is on each device
   say(f"loss of the first step {losses[0]:.4f}, of the last {losses[-1]:.6f}")
   if jax.process_index() == 0:
     result = {"devices": jax.device_count(), "losses": losses}
-    (options.directory / "result.json").write_text(json.dumps(result))
+    records.replace(args.directory / "result.json", json.dumps(result))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Starts the processes, or is one of them; returns the exit status."""
-  options = parse(arguments)
-  if options.launch:
+  args = parser().parse_args(arguments)
+  if args.launch:
     given = list(sys.argv[1:] if arguments is None else arguments)
     return multihost_launch.launch(
-        given, options.launch, options.devices, options.directory, options.heartbeat
+        given, args.launch, args.devices, args.directory, args.heartbeat
     )
   try:
-    work(options)
+    work(args)
   except Exception:
-    if not options.distributed:
+    if not args.distributed:
       raise
     traceback.print_exc()
     sys.stderr.flush()

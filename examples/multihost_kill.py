@@ -21,26 +21,29 @@ import time
 from typing import Any
 
 from examples import multihost_launch
+from examples import options
+from examples import records
 from examples.multihost_launch import Processes
 
 COUNT = 2
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
   """The options."""
-  parser = argparse.ArgumentParser(
-      prog="python -m examples.multihost_kill",
-      description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = options.parser(__doc__)
   add = parser.add_argument
-  add("--times", type=int, default=20, help="of killing a process that still ran")
-  add("--seed", type=int, default=0, help="of the moments and of who is killed")
-  add("--steps", type=int, default=200)
-  add("--devices", type=int, default=4, help="of each process")
-  add("--heartbeat", type=int, default=10)
-  add("--directory", type=pathlib.Path, default=pathlib.Path("runs/multihost_kill"))
-  return parser.parse_args(arguments)
+  count = options.number(int, 1)
+  add("--times", type=count, default=20,
+      help="number of processes to kill while they still run")
+  add("--seed", type=int, default=0,
+      help="seed; draws the moments, and which process is killed")
+  add("--steps", type=count, default=200, help="number of steps of each run")
+  add("--devices", type=count, default=4, help="number of devices of each process")
+  add("--heartbeat", type=count, default=10,
+      help="seconds of silence after which a process counts as dead")
+  add("--directory", type=pathlib.Path, default=pathlib.Path("runs/multihost_kill"),
+      help="folder for the runs and the record of the kills")
+  return parser
 
 
 def kill_one(
@@ -73,18 +76,18 @@ def kill_one(
   }
 
 
-def start(directory: pathlib.Path, options: Sequence[str], devices: int) -> Processes:
+def start(directory: pathlib.Path, given: Sequence[str], devices: int) -> Processes:
   """The processes of a run in that directory, from its last checkpoint on."""
   return Processes(
-      [*options, "--directory", str(directory)], COUNT, devices, directory
+      [*given, "--directory", str(directory)], COUNT, devices, directory
   )
 
 
 def finish(
-    directory: pathlib.Path, options: Sequence[str], devices: int
+    directory: pathlib.Path, given: Sequence[str], devices: int
 ) -> list[float]:
   """Lets a run come to its end, and returns the loss of each step."""
-  processes = start(directory, options, devices)
+  processes = start(directory, given, devices)
   if any(processes.wait(60)):
     raise RuntimeError(processes.account())
   return json.loads((directory / "result.json").read_text())["losses"]
@@ -98,13 +101,13 @@ def saved_step(directory: pathlib.Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Kills, resumes, compares; returns 0 if all held."""
-  options = parse(arguments)
-  limit = options.heartbeat + multihost_launch.GRACE_SECONDS
-  random_number = random.Random(options.seed)
-  root = options.directory / time.strftime("%Y%m%d-%H%M%S")
-  common = ["--steps", str(options.steps), "--heartbeat", str(options.heartbeat)]
+  args = parser().parse_args(arguments)
+  limit = args.heartbeat + multihost_launch.GRACE_SECONDS
+  random_number = random.Random(args.seed)
+  root = args.directory / time.strftime("%Y%m%d-%H%M%S")
+  common = ["--steps", str(args.steps), "--heartbeat", str(args.heartbeat)]
   started = time.monotonic()
-  expected = finish(root / "alone", common, options.devices)
+  expected = finish(root / "alone", common, args.devices)
   duration = time.monotonic() - started
   print(f"undisturbed, the run takes {duration:.1f} s", flush=True)
 
@@ -112,16 +115,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
   directory = root / "run-0"
 
   def compared() -> list[str]:
-    ours = finish(directory, common, options.devices)
+    ours = finish(directory, common, args.devices)
     difference = max(abs(a - b) for a, b in zip(ours, expected, strict=True))
     text = f"{directory}: losses differ by {difference:.1e} from the undisturbed run's"
     print(text, flush=True)
     return [] if difference <= 1e-6 else [text]
 
   kills = 0
-  while kills < options.times:
+  while kills < args.times:
     before = saved_step(directory)
-    processes = start(directory, common, options.devices)
+    processes = start(directory, common, args.devices)
     try:
       victim = random_number.randrange(COUNT)
       moment = random_number.uniform(0, duration)
@@ -129,12 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
       processes.kill()
     record |= {"saved_before": before, "saved_after": saved_step(directory)}
-    with (root / "kills.jsonl").open("a") as records:
-      records.write(json.dumps(record) + "\n")
+    records.append(root / "kills.jsonl", record)
     kills += record["statuses"][victim] != 0
     print(f"{kills}: {line(record)}", flush=True)
-    problems += [f"{kills}: {text}" for text in wrong(record, options.steps, limit)]
-    if record["saved_after"] == options.steps:
+    problems += [f"{kills}: {text}" for text in wrong(record, args.steps, limit)]
+    if record["saved_after"] == args.steps:
       problems += compared()
       runs += 1
       directory = root / f"run-{runs}"

@@ -87,10 +87,10 @@ def parser() -> argparse.ArgumentParser:
   count = options.number(int, 1)
   add("--networks", nargs="+", choices=list(radius_networks.NETWORKS),
       default=list(NETWORKS), help="networks to train")
-  add("--seeds", type=count, default=4, help="runs of each setting")
+  add("--seeds", type=count, default=4, help="number of runs of each setting")
   add("--epochs", type=count, nargs="+", default=[25, 50],
-      help="passes over the training half, each number by itself")
-  add("--batch-size", type=count, default=64, help="examples in a step")
+      help="numbers of passes over the training half, each by itself")
+  add("--batch-size", type=count, default=64, help="number of examples in a step")
   options.add_results(parser, "radius", "the outcomes and the table")
   return parser
 

@@ -150,11 +150,13 @@ def parser() -> argparse.ArgumentParser:
   names = list(radius_networks.NETWORKS)
   add("--networks", nargs="+", choices=names, default=names,
       help="networks to train")
-  add("--seeds", type=count, default=5, help="runs of each radius that are judged")
+  add("--seeds", type=count, default=5,
+      help="number of runs of each radius that are judged")
   add("--tuning-seeds", type=count, default=3,
-      help="runs of each radius on the validation split")
-  add("--epochs", type=count, default=50, help="passes over the training half")
-  add("--batch-size", type=count, default=64, help="examples in a step")
+      help="number of runs of each radius on the validation split")
+  add("--epochs", type=count, default=50,
+      help="number of passes over the training half")
+  add("--batch-size", type=count, default=64, help="number of examples in a step")
   add("--rate", type=options.number(float, 0, math.inf, above=True, below=True),
       default=RATE, help="the rule's rate")
   add("--quiet", action="store_true", help="no progress bar")

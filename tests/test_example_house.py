@@ -19,9 +19,16 @@ FOLDERS = ("examples", "benchmarks", "tests")
 SCRIPTS = [
     "examples.quickstart",
     "examples.frontier",
+    "examples.multihost",
+    "examples.multihost_kill",
+    "examples.radius_choice",
     "examples.radius_gauge",
+    "examples.radius_study",
     "examples.sharpness_study",
     "examples.sharpness_training",
+    "benchmarks.compile_time",
+    "benchmarks.pod.__main__",
+    "benchmarks.scale",
     "benchmarks.step_cost",
 ]
 
@@ -53,7 +60,12 @@ def test_every_option_says_what_it_is(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_default_outputs_are_ignored_by_git(name):
-  paths = [a.default for a in actions_of(name) if isinstance(a.default, pathlib.Path)]
+  defaults = [
+      value for action in actions_of(name)
+      for value in (
+          action.default if isinstance(action.default, list) else [action.default])
+  ]
+  paths = [value for value in defaults if isinstance(value, pathlib.Path)]
   assert paths
   for path in paths:
     assert not path.is_absolute()

@@ -35,29 +35,34 @@ from benchmarks.pod import networks
 from benchmarks.pod import program
 from benchmarks.pod import report
 from benchmarks.pod import transformer
+from examples import options
+from examples import records
 
 PARTS = ("mlp", "resnet", "transformer")
 BATCH_PER_CHIP = {"mlp": 512, "resnet": 32, "transformer": 4}
 RESULTS = pathlib.Path("runs/pod.jsonl")
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
   """The options."""
-  parser = argparse.ArgumentParser(
-      prog="python -m benchmarks.pod",
-      description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = options.parser(__doc__)
   names = list(methods.methods(lambda params, batch: 0.0, _no_mesh()))
   add = parser.add_argument
-  add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-  add("--chips", nargs="+", type=int, default=[4, 16, 64, 256], help="of a slice")
-  add("--chip", default="v5e", help="the generation, as libtpu names it")
-  add("--methods", nargs="+", choices=names, default=names)
-  add("--layers", nargs=2, type=int, default=[2, 4], help="of the transformer")
-  add("--scanned", action="store_true", help="the transformer's layers in a loop")
-  add("--results", type=pathlib.Path, default=RESULTS, help="JSON lines, overwritten")
-  return parser.parse_args(arguments)
+  count = options.number(int, 1)
+  add("--parts", nargs="+", choices=PARTS, default=list(PARTS),
+      help="networks whose steps are compiled")
+  add("--chips", nargs="+", type=count, default=[4, 16, 64, 256],
+      help="numbers of chips of the slices")
+  add("--chip", default="v5e", help="generation of the chips, as libtpu names it")
+  add("--methods", nargs="+", choices=names, default=names,
+      help="methods whose steps are compiled")
+  add("--layers", nargs=2, type=count, default=[2, 4],
+      help="numbers of layers of the two transformers that the whole is made from")
+  add("--scanned", action="store_true",
+      help="compile the whole transformer, its layers in a loop")
+  add("--results", type=pathlib.Path, default=RESULTS, metavar="FILE",
+      help="file for the JSON lines, which is replaced")
+  return parser
 
 
 def _no_mesh() -> Any:
@@ -65,7 +70,7 @@ def _no_mesh() -> Any:
   return jax.sharding.AbstractMesh((1,), (compiler.AXIS,))
 
 
-def variants(part: str, mesh: Any, options: argparse.Namespace) -> Iterator[Any]:
+def variants(part: str, mesh: Any, args: argparse.Namespace) -> Iterator[Any]:
   """(problem, what identifies it) for each program of a part."""
   if part == "mlp":
     yield networks.mlp(), {}
@@ -77,10 +82,10 @@ def variants(part: str, mesh: Any, options: argparse.Namespace) -> Iterator[Any]
     def whole(weights: Any) -> Any:
       return jax.lax.with_sharding_constraint(weights, everywhere)
 
-    depths = [transformer.LAYERS] if options.scanned else options.layers
+    depths = [transformer.LAYERS] if args.scanned else args.layers
     for layers in depths:
-      problem = transformer.transformer(layers, options.scanned, whole)
-      yield problem, {"layers": layers, "scanned": options.scanned}
+      problem = transformer.transformer(layers, args.scanned, whole)
+      yield problem, {"layers": layers, "scanned": args.scanned}
 
 
 def compiled_rows(
@@ -117,16 +122,16 @@ def compiled_rows(
 
 
 def part_rows(
-    part: str, chips: int, options: argparse.Namespace
+    part: str, chips: int, args: argparse.Namespace
 ) -> Iterator[report.Row]:
   """The rows of a part on one slice; those that are extrapolated come last."""
-  mesh = compiler.pod_mesh(chips, options.chip)
-  slice_ = {"part": part, "chip": options.chip, "chips": chips}
+  mesh = compiler.pod_mesh(chips, args.chip)
+  slice_ = {"part": part, "chip": args.chip, "chips": chips}
   slice_ |= {"batch_per_chip": BATCH_PER_CHIP[part]}
   depths = []
-  for problem, identity in variants(part, mesh, options):
+  for problem, identity in variants(part, mesh, args):
     depths.append([])
-    for row in compiled_rows(problem, slice_ | identity, mesh, options.methods):
+    for row in compiled_rows(problem, slice_ | identity, mesh, args.methods):
       depths[-1].append(row)
       yield row
   if len(depths) == 2:
@@ -136,7 +141,7 @@ def part_rows(
 
 def main(arguments: Sequence[str] | None = None) -> list[report.Row]:
   """Compiles, prints and writes; returns the rows."""
-  options = parse(arguments)
+  args = parser().parse_args(arguments)
   reason = compiler.missing()
   if reason:
     sys.exit(reason)
@@ -144,23 +149,18 @@ def main(arguments: Sequence[str] | None = None) -> list[report.Row]:
   header = {"command": ["benchmarks.pod", *command], **timing.environment()}
   header |= {"libtpu": compiler.version()}
   print(json.dumps(header), flush=True)
-  options.results.parent.mkdir(parents=True, exist_ok=True)
   rows = []
-  with options.results.open("w") as file:
-    file.write(json.dumps(header) + "\n")
-    for part in options.parts:
-      for chips in options.chips:
-        group = []
-        for row in part_rows(part, chips, options):
-          # Each as it comes: some take minutes.
-          file.write(json.dumps(row) + "\n")
-          file.flush()
-          group.append(row)
-        print(f"\n{report.table(group)}", flush=True)
-        rows += group
+  for part in args.parts:
+    for chips in args.chips:
+      group = []
+      for row in part_rows(part, chips, args):
+        group.append(row)  # written as it comes: some take minutes
+        records.write(args.results, [header, *rows, *group])
+      print(f"\n{report.table(group)}", flush=True)
+      rows += group
   print("\nMore than the step by hand may take:")
   print("\n".join(report.violations(rows)) or "nothing")
-  print(f"\nwritten to {options.results}")
+  print(f"\nwritten to {args.results}")
   return rows
 
 
