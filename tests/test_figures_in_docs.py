@@ -63,6 +63,19 @@ def test_cost_tables():
     assert timing.show(ratio) in flat
 
 
+def test_times_to_trace_and_lower():
+  page, seconds, median = text("docs/cost.md"), {}, statistics.median
+  for row in rows_of("compile_time"):
+    seconds.setdefault(row["part"], {})[row["method"]] = row["lower_seconds"]
+  for part, label in (("mlp", "MLP"), ("cnn", "CNN"), ("resnet", "ResNet-8")):
+    plain, *others = (seconds[part][name] for name in compile_time.METHODS[:4])
+    cells = [label, f"{median(plain):.2f}"]
+    for each in others:
+      ratio = median(a / b for a, b in zip(each, plain, strict=True))
+      cells.append(f"{median(each):.2f} ({ratio:.2f})")
+    assert f"| {' | '.join(cells)} |" in page
+
+
 def test_compile_times():
   page, seconds = text("docs/cost.md"), {}
   for row in rows_of("compile_time"):
