@@ -86,11 +86,12 @@ class Mutant(NamedTuple):
   end: int
   before: str
   after: str
+  around: str
 
   @property
   def name(self) -> str:
     """What names it in ``equivalent.json``, however lines move."""
-    return f"{self.file}: {self.before} -> {self.after}"
+    return f"{self.file}, in {self.around!r}: {self.before} -> {self.after}"
 
 
 def replacement(node: ast.AST) -> str | None:
@@ -151,7 +152,9 @@ def mutants_of(path: Path) -> list[Mutant]:
             (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset))
     )
     name = str(path.relative_to(ROOT / "asam_jax"))
-    found.append(Mutant(name, node.lineno, start, end, source[start:end], after))
+    line = node.lineno
+    around = source.splitlines()[line - 1].strip()
+    found.append(Mutant(name, line, start, end, source[start:end], after, around))
   return found
 
 
@@ -221,8 +224,12 @@ def main() -> None:
   everything = [m for name in TESTS for m in mutants_of(ROOT / f"asam_jax/{name}.py")]
   chosen = random.Random(args.seed).sample(everything, args.sample)
   records: list[dict[str, object]] = []
+  drawn = {"seed": args.seed, "sample": args.sample, "mutants": len(everything),
+           "drawn": datetime.date.today().isoformat()}
   if args.again:
     chosen, records = unseen(everything, args.out / "report.jsonl")
+    before = json.loads((args.out / "summary.json").read_text())
+    drawn = {key: before[key] for key in drawn}
   known_file = args.out / "equivalent.json"
   known = json.loads(known_file.read_text()) if known_file.exists() else {}
   with tempfile.TemporaryDirectory() as scratch:
@@ -239,8 +246,7 @@ def main() -> None:
       print(record["outcome"], mutant.name, f"(line {mutant.line})", flush=True)
       lines = [json.dumps(record) + "\n" for record in records]
       (args.out / "report.jsonl").write_text("".join(lines))
-      summary = summary_of(records) | {
-          "seed": args.seed, "sample": args.sample, "mutants": len(everything)}
+      summary = summary_of(records) | drawn
       (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
