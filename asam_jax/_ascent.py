@@ -135,7 +135,7 @@ def from_geometry(
 ) -> optax.GradientTransformationExtraArgs:
   """:func:`ascent` in a geometry that is there already."""
   _arguments.instance("geometry", geometry, _g.Geometry)
-  rule = rho if isinstance(rho, _radius.RadiusRule) else None
+  rule = _radius.rule_of(rho)
   if rule and rule.update:
     _shards.refuse("a radius rule", geometry.param_specs, "what it measures")
   # Under a rule, the closed form at radius 1 is multiplied with what the rule says.

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -41,6 +42,7 @@ class Door:
 
   def __post_init__(self):
     _arguments.flag("with_info", self.with_info)
+    self.rule  # noqa: B018  (for its errors)
     for name, value in (("rho", self.rho), ("eta", self.geometry.eta)):
       if callable(value):
         raise TypeError(
@@ -73,7 +75,7 @@ class Door:
 
   @property
   def rule(self) -> _radius.RadiusRule | None:
-    return self.rho if isinstance(self.rho, _radius.RadiusRule) else None
+    return _radius.rule_of(self.rho)
 
   def radius_in(self, kwargs: dict[str, Any]) -> Any:
     """The state of the radius rule, taken out of a call's keyword arguments."""
@@ -84,8 +86,13 @@ class Door:
           "rho is a radius rule, whose state is missing: call value, grad, radius ="
           " f(params, batch, radius=radius), at the first step with rule.init()."
       )
-    radius = kwargs.pop("radius")
-    return _arguments.tree_like("radius", radius, self.rule.init(), "rule.init()")
+    radius, start = kwargs.pop("radius"), self.rule.init()
+    if jax.tree.structure(radius) != jax.tree.structure(start):
+      raise TypeError(
+          f"radius={radius!r} is no state of the rule; give rule.init() at the first"
+          " step, and then what the last one returned."
+      )
+    return _arguments.tree_like("radius", radius, start, "rule.init()")
 
   def passes(
       self,
@@ -117,7 +124,8 @@ class Door:
     if self.rule:
       kept = passes.ascent.radius
       kept = kept if self.axis_name is None else _mesh.mean(kept, self.axis_name)
-      result = *result, jax.tree.map(lambda x, old: x.astype(old.dtype), kept, radius)
+      as_before = lambda x, old: jnp.asarray(x, jnp.result_type(old))  # noqa: E731
+      result = *result, jax.tree.map(as_before, kept, radius)
     if not self.with_info:
       return result
     info = _info.measured(self.geometry, passes, plain, self.axis_name)

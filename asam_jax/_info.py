@@ -127,7 +127,7 @@ def measured(
       gap=gap,
       predicted_gap=sharpness,
       linearity=_ratio(gap, sharpness, where_zero=1),
-      rise=_root(perturbed_value) - _root(value),
+      rise=_trees.root(perturbed_value) - _trees.root(value),
       gradient_norm=length,
       normalized_gradient_norm=dual_norm,
       cosine=_cosine(dot, passes, length, other, axis_name),
@@ -204,12 +204,6 @@ def _as_stored(x: Any, dtype: Any) -> jax.Array:
   x = jnp.asarray(x)
   own = jnp.finfo(x.dtype)
   return lax.reduce_precision(x.astype(dtype), own.nexp, own.nmant)
-
-
-def _root(x: Any) -> jax.Array:
-  """sign(x) sqrt(|x|), without the infinite slope at zero."""
-  x = jnp.asarray(x)
-  return jnp.sign(x) * jnp.sqrt(jnp.where(x == 0, 1, jnp.abs(x)))
 
 
 def _ratio(x: jax.Array, y: jax.Array, where_zero: float = 0) -> jax.Array:

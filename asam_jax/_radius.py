@@ -61,9 +61,12 @@ class AutoRadiusState(NamedTuple):
 
   Attributes:
     rho: the radius of the next step, a scalar; 0 before the first.
+    room: how many times ``start`` the first-order gap may be at the next step, a
+      scalar: 100 before the first, and e^rate times as much after each.
   """
 
   rho: jax.Array
+  room: Any = math.inf
 
 
 def auto_radius(
@@ -88,7 +91,8 @@ def auto_radius(
   best radii are far apart. The first step is a plain one; the second has the radius
   whose first-order gap :math:`\rho \|T_w g\|_q` is ``start``, and from there rho grows
   by at most a factor :math:`e^k` a step: a full radius at initialization may never
-  leave the plateau.
+  leave the plateau. Nor is the gap more than :math:`100\,e^{kt}` times ``start`` at the
+  first steps t, as it would be behind a batch whose gradient all but vanishes.
 
   Where it holds (on small tasks; the site's page on the radius has the table): without
   batch norm at p = 2, with SGD and AdamW, the default does as well as a radius that was
@@ -99,23 +103,26 @@ def auto_radius(
 
   Cost: none that counts; memory: one copy of the parameters during the second pass,
   for the gradient at w is kept until then. With ``over`` it is the share of the
-  leaves that are chosen.
+  leaves that are chosen. Where a gradient's norm is below 1e-22 or above 1e19, whose
+  squares leave float32's range, rho stays as it is.
 
   Args:
     cosine: the target c, in (0, 1). A lower one regularizes more.
     rate: k, > 0, the largest change of log rho in a step.
-    start: the first-order gap of the second step, > 0, in the unit of the loss.
+    start: the first-order gap of the second step, > 0, in the unit of the loss: some
+      hundredths of what the loss is at the start, so that 0.05 suits a cross-entropy.
     rho_max: where rho stops, > 0: where the loss is linear, no radius turns the
       gradient.
-    over: the leaves over which the cosine is taken, a pytree of bools or a predicate
-      ``(path, leaf) -> bool``; by default all.
+    over: the leaves over which the cosine is taken, at least one: a pytree of bools or
+      a predicate ``(path, leaf) -> bool``; by default all.
 
   Returns:
     A :class:`RadiusRule` for the argument ``rho`` of whatever takes two gradients.
     ``optax.tree_utils.tree_get(state, "rho")`` is the radius of the next step.
 
   Raises:
-    ValueError: if cosine is outside (0, 1), or rate, start or rho_max is not > 0.
+    ValueError: if cosine is outside (0, 1), or rate, start or rho_max is not > 0; in
+      ``update``, if ``over`` chooses no leaf.
     TypeError: if one of them is no number.
 
   Examples:
@@ -140,12 +147,18 @@ def auto_radius(
     clean, perturbed = observed.clean, observed.perturbed
     if over is not None:
       leaves = _arguments.leaves(observed.params, over=over)
+      if not any(chosen for *_, chosen in leaves):
+        raise ValueError(
+            f"over={over!r} chooses no leaf, so that there is no angle; choose one at"
+            " least, or give over=None for all."
+        )
       clean, perturbed = (
           [x for x, (*_, c) in zip(jax.tree.leaves(g), leaves, strict=True) if c]
           for g in (clean, perturbed)
       )
-    dot, lengths = _trees.dot(clean, perturbed), jnp.sqrt(
-        _trees.dot(clean, clean)) * jnp.sqrt(_trees.dot(perturbed, perturbed))
+    dot = _trees.dot(clean, perturbed)
+    lengths = _trees.root(_trees.dot(clean, clean)) * _trees.root(
+        _trees.dot(perturbed, perturbed))
     # Of a zero gradient there is no angle, and so no change; nor of one with NaN.
     reached = jnp.where(lengths > 0, dot / jnp.where(lengths > 0, lengths, 1), cosine)
     return (reached - cosine) / (1 - cosine)
@@ -169,9 +182,9 @@ def rise_radius(
       \Big(\frac{r - r_t}{r}, -1, 1\Big)\Big)
 
   It needs no memory, but the losses: ``update(grads, state, params, value=loss,
-  value_fn=value_fn)``; function doors know them. The loss must not be negative. Its
-  target depends on the network more than :func:`auto_radius`'s does: with batch norm
-  it is about three times as large.
+  value_fn=value_fn)``; function doors know them. Of a loss below 0 the signed root is
+  taken, sign(L) sqrt(abs(L)). Its target depends on the network more than
+  :func:`auto_radius`'s does: with batch norm it is about three times as large.
 
   Cost: none; memory: none.
 
@@ -204,7 +217,7 @@ def rise_radius(
           " value_fn(params) -> loss, or take auto_radius, which needs none."
       )
     losses = observed.value, observed.perturbed_value
-    before, after = (jnp.sqrt(_trees.f32(loss)) for loss in losses)
+    before, after = (_trees.root(_trees.f32(loss)) for loss in losses)
     return (rise - (after - before)) / rise
 
   return _controlled(signal, rate, start, rho_max)
@@ -284,10 +297,10 @@ def this_step(
   ``over_devices`` is the mean over devices that ascend on their own.
   """
   del extra_args
-  if rule.update is not None:
-    if radius_rules is None:
-      raise ValueError(_NEEDS_BOTH)
+  if radius_rules is not None:
     radius_rules.append(rule)
+  elif rule.update is not None:
+    raise ValueError(_NEEDS_BOTH)
   shared = over_devices(dual_norm) if over_devices else dual_norm
   return jnp.asarray(rule.radius(state.radius, state.count, shared), dual_norm.dtype)
 
@@ -296,12 +309,16 @@ def after_both(
     rules: list[RadiusRule], ascent_state: Any, params: Any, clean: Any, perturbed: Any
 ) -> Any:
   """The ascent chain's state with the rule's next one; the passes are a step's two."""
-  rule = rules[0]  # several ascents of one chain say it again
+  looking = [rule for rule in rules if rule.update is not None]
+  if not looking:
+    return ascent_state
+  rule = looking[0]  # several ascents of one chain say it again
   if any(other is not rule for other in rules):
     raise ValueError(
         "the ascent chain has several radius rules, but there is one second gradient"
         " for them to look at; give rho a rule once, and a number elsewhere."
     )
+
   def updated(node):
     if not _has_rule(node):
       return node
@@ -312,6 +329,16 @@ def after_both(
     return node._replace(radius=rule.update(node.radius, observed))  # pyright: ignore
 
   return jax.tree.map(updated, ascent_state, is_leaf=_has_rule)
+
+
+def rule_of(rho: Any) -> RadiusRule | None:
+  """The rule, if rho is one; raises if it is what makes one."""
+  if any(rho is maker for maker in (auto_radius, rise_radius, loss_budget)):
+    raise TypeError(
+        f"rho={rho.__name__} is the function that makes a rule; call it:"
+        f" rho={rho.__name__}({'0.1' if rho is loss_budget else ''})."
+    )
+  return rho if isinstance(rho, RadiusRule) else None
 
 
 def refuse(ascent_state: Any) -> None:
@@ -341,18 +368,30 @@ def _controlled(
     _arguments.positive(name, value)
 
   def init(dtype=jnp.float32):
-    return AutoRadiusState(jnp.zeros((), dtype))
+    return AutoRadiusState(jnp.zeros((), dtype), jnp.full((), 100, dtype))
+
+  def at_gap(gap, norm):
+    return gap / jnp.where(norm > 0, norm, 1)
+
+  def radius(state, count, dual_norm):
+    del count
+    # One batch whose gradient all but vanishes makes the first radius huge.
+    most = at_gap(state.room * start, dual_norm)
+    return jnp.where((dual_norm > 0) & (most < state.rho), most, state.rho)
 
   def update(state, observed):
-    factor = jnp.exp(rate * jnp.clip(signal(observed), -1, 1))
     norm = observed.dual_norm
-    first = jnp.where(norm > 0, start / jnp.where(norm > 0, norm, 1), 0)
-    rho = jnp.where(state.rho > 0, state.rho * factor, first)
+    used = radius(state, None, norm)
+    factor = jnp.exp(rate * jnp.clip(signal(observed), -1, 1))
+    first = jnp.where(norm > 0, at_gap(start, norm), 0)
+    rho = jnp.where(used > 0, used * factor, first)
     # What is not finite says nothing, and must not stay.
     rho = jnp.where(jnp.isfinite(rho), jnp.minimum(rho, rho_max), state.rho)
-    return AutoRadiusState(rho.astype(state.rho.dtype))
+    room = jnp.where(used > 0, state.room * jnp.exp(rate), state.room)
+    new = AutoRadiusState(rho, room)
+    return jax.tree.map(lambda x, old: x.astype(jnp.result_type(old)), new, state)
 
-  return RadiusRule(init, lambda state, count, dual_norm: state.rho, update)
+  return RadiusRule(init, radius, update)
 
 
 def _is_number(value: Any) -> bool:

@@ -53,6 +53,12 @@ def norm(tree: Any, p: float = 2) -> jax.Array:
   return jnp.where(usable, unit * total ** (1 / p), peak)
 
 
+def root(x: Any) -> jax.Array:
+  """The signed root sign(x) sqrt(|x|), without the infinite slope at zero."""
+  x = jnp.asarray(x)
+  return jnp.sign(x) * jnp.sqrt(jnp.where(x == 0, 1, jnp.abs(x)))
+
+
 def root_of_squares(w: jax.Array, axes: Any, shards: Any = ()) -> jax.Array:
   """||w||_2 along the axes, with slope 0 where it is zero in place of NaN.
 

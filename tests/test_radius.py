@@ -199,6 +199,95 @@ def test_a_linear_loss_stops_at_the_largest_radius():
   assert radius_of(state) == 2
 
 
+@EACH
+def test_a_first_batch_without_a_gradient_does_no_harm(name):
+  rule, _ = RULES[name]
+  tx = asam_jax.adaptive_sam(optax.sgd(LR / 100), rule)
+
+  @jax.jit
+  def step(params, state, scale):
+    scaled = lambda w: loss(w, scale)  # noqa: E731
+    value, grads = jax.value_and_grad(scaled)(params)
+    updates, state = tx.update(grads, state, params, value=value, value_fn=scaled)
+    return optax.apply_updates(params, updates), state
+
+  ends = []
+  for first in (0.0, 1.0):
+    faded = {"kernel": first * START["kernel"] + 1e-5, "bias": first * START["bias"]}
+    state = step(faded, tx.init(faded), 1.0)[1]
+    if not first:
+      assert radius_of(state) > 1e3
+    params = START
+    for _ in range(300):
+      params, state = step(params, state, 1.0)
+    ends.append((loss(params), radius_of(state)))
+  np.testing.assert_allclose(*ends, rtol=0.5)
+
+
+@EACH
+def test_derivatives_where_gradient_or_loss_is_zero(name):
+  rule, _ = RULES[name]
+  door = asam_jax.value_and_grad(lambda w, x: jnp.sum((w * x) ** 2), rho=rule)
+
+  def two_steps(w, x):
+    radius = rule.init()
+    for _ in range(2):
+      _, grads, radius = door(w, x, radius=radius)
+      w = w - 0.1 * grads
+    return jnp.sum(w)
+
+  np.testing.assert_array_equal(jax.grad(two_steps)(jnp.ones(2), jnp.zeros(2)), 1)
+
+
+def test_a_budget_beside_a_rule_is_refused():
+  chain = optax.chain(
+      asam_jax.ascent(asam_jax.auto_radius()),
+      asam_jax.ascent(asam_jax.loss_budget(0.1)))
+  tx = asam_jax.perturbed_gradient(chain)
+  with pytest.raises(ValueError, match="several radius rules"):
+    tx.update(START, tx.init(START), START, grad_fn=jax.grad(loss))
+
+
+@pytest.mark.parametrize("maker", [
+    asam_jax.auto_radius, asam_jax.rise_radius, asam_jax.loss_budget])
+def test_what_makes_a_rule_is_no_rule(maker):
+  for build in (
+      lambda: asam_jax.adaptive_sam(optax.sgd(0.1), maker),
+      lambda: asam_jax.value_and_grad(loss, rho=maker),
+  ):
+    with pytest.raises(TypeError, match=rf"call it: rho={maker.__name__}\("):
+      build()
+
+
+def test_the_state_of_a_door():
+  rule = asam_jax.auto_radius()
+  door = asam_jax.value_and_grad(loss, rho=rule)
+  _, _, numbers = door(START, radius=asam_jax.AutoRadiusState(0.1, 100.0))
+  _, _, arrays = door(START, radius=rule.init()._replace(rho=jnp.array(0.1)))
+  chex.assert_trees_all_close(numbers, arrays)
+  for bad in (0.5, None, (), {"rho": 0.5}):
+    with pytest.raises(TypeError, match=r"give rule.init\(\) at the first step"):
+      door(START, radius=bad)
+
+
+def test_a_cosine_over_nothing():
+  rule = asam_jax.auto_radius(over=lambda path, leaf: False)
+  with pytest.raises(ValueError, match=r"over=.* chooses no leaf"):
+    asam_jax.value_and_grad(loss, rho=rule)(START, radius=rule.init())
+
+
+def test_a_negative_loss_has_a_root():
+  shifted = lambda w: loss(w) - 100  # noqa: E731
+  rule = asam_jax.rise_radius(0.3)
+  door = jax.jit(asam_jax.value_and_grad(shifted, rho=rule, with_info=True))
+  radius = rule.init()
+  for _ in range(3):
+    _, _, new, info = door(START, radius=radius)
+    assert new.rho != radius.rho
+    radius = new
+  assert info.rise > 0
+
+
 def test_the_cosine_over_a_part():
   """Of the chosen leaves alone; the others may do what they like."""
   rule = asam_jax.auto_radius(0.9, over={"kernel": True, "bias": False})
@@ -393,7 +482,7 @@ def test_a_door_without_the_state_says_what_to_pass():
   rule = asam_jax.auto_radius()
   with pytest.raises(TypeError, match=r"radius=radius\), at the first step"):
     asam_jax.value_and_grad(loss, rho=rule)(START)
-  with pytest.raises(TypeError, match="radius has"):
+  with pytest.raises(TypeError, match="is no state of the rule"):
     asam_jax.value_and_grad(loss, rho=rule)(START, radius=0.5)
   with pytest.raises(ValueError, match="keeps a state between steps"):
     asam_jax.value_and_grad(loss, ascent=asam_jax.ascent(rule))(START)
