@@ -58,7 +58,9 @@ def radius_verdict(
   large if they have little to do with each other: a cosine below 0.7. Beyond that the
   model collapses: it never leaves the plateau at which all its outputs are alike. There
   the cosine is high again, so that only the loss tells, which has not fallen by 2 %.
-  ``docs/radius_gauge.md`` shows runs of each kind, and how often this is right.
+  ``docs/radius_gauge.md`` shows runs of each kind, and how often this is right. The
+  bounds are of networks without batch norm that come to learn their training set by
+  heart; where augmentation keeps them from it, tuned radii have cosines above 0.93.
 
   The numbers are medians over the last quarter of the infos, so give those of the whole
   run so far: of every step, or of every k-th.
