@@ -141,10 +141,11 @@ PLAN: tuple[Entry, ...] = (
     Entry(row(FEW, "looksam-0.2", method="looksam", reuse=0.2),
           like=f"{FEW.name}-looksam"),
     *(Entry(config, (0,)) for config in configs.normalization(NORMALIZATION)),
-    # Where the network does not learn its training set: no radius helps there.
-    *basic(CIFAR10, share=0.5)[:2],
-    # Last, as they cost as much as two gradients; of noise, the best epoch beside the
+    # Where the network does not learn its training set.
+    *basic(CIFAR10, share=0.5),
+    # They cost as much as two gradients, and of wrong labels the best epoch beside the
     # last says more.
-    *(doubled(config) for config in (WORSE, CIFAR100)),
+    *(doubled(config) for config in (CIFAR10, WORSE, CIFAR100, NOISY)),
     doubled(VIT, "adamw"),
+    *(Entry(config, (1, 2)) for config in configs.normalization(NORMALIZATION)),
 )
