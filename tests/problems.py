@@ -186,6 +186,14 @@ def _late(base_tx: Any, rho: Any) -> Any:
 def _stable_sam(base_tx: Any, rho: Any) -> Any:
   link = asam_jax.perturbed_gradient(asam_jax.ascent(rho))
   return optax.chain(asam_jax.combined(link, asam_jax.renormalized), base_tx)
+
+
+def _weighted_mean(base_tx: Any, rho: Any) -> Any:
+  link = asam_jax.perturbed_gradient(asam_jax.ascent(rho))
+  mean = lambda g, h: jax.tree.map(lambda g, h: g + 1.5 * (h - g), g, h)  # noqa: E731
+  return optax.chain(asam_jax.combined(link, mean), base_tx)
+
+
 def _auto_radius(base_tx: Any, rho: Any) -> Any:
   """Its target is near 1, so that it stays as small as the table's radii."""
   return asam_jax.adaptive_sam(base_tx, asam_jax.auto_radius(0.999) if rho else 0.0)
@@ -228,6 +236,7 @@ OPTIMIZERS: dict[str, Row] = {
     "vasso": Row(asam_jax.vasso, 0.01),
     "late": Row(_late, 0.01),
     "stable_sam": Row(_stable_sam, 0.01),
+    "weighted_mean": Row(_weighted_mean, 0.01),
     "composed": Row(_composed, 0.01),
     "auto_radius": Row(_auto_radius, 0.01),
     "loss_budget": Row(_loss_budget, 0.01),

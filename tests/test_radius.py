@@ -239,6 +239,32 @@ def test_derivatives_where_gradient_or_loss_is_zero(name):
   np.testing.assert_array_equal(jax.grad(two_steps)(jnp.ones(2), jnp.zeros(2)), 1)
 
 
+def test_the_target_may_be_injected():
+  def make(base_tx, cosine):
+    return asam_jax.adaptive_sam(base_tx, asam_jax.auto_radius(cosine))
+
+  injected = optax.inject_hyperparams(make)(base_tx=optax.sgd(LR), cosine=0.9)
+  plain = make(optax.sgd(LR), 0.9)
+  ends = []
+  for tx in (injected, plain):
+    step, params, state = step_function(tx), START, tx.init(START)
+    for _ in range(5):
+      params, state = step(params, state)
+    ends.append((params, radius_of(state)))
+  chex.assert_trees_all_close(*ends, rtol=1e-6)
+
+
+def test_microbatches_of_a_door_share_its_radius():
+  xs = jax.random.normal(jax.random.key(0), (8, 2))
+  of_batch = lambda w, xs: jnp.mean((xs @ w["kernel"] + w["bias"]) ** 4)  # noqa: E731
+  rule = asam_jax.auto_radius(0.9)
+  door = asam_jax.value_and_grad(of_batch, rho=rule)
+  radius = asam_jax.AutoRadiusState(jnp.float32(0.01), jnp.float32(100))
+  _, _, got = asam_jax.microbatched(door, 4)(START, xs, radius=radius)
+  each = [door(START, xs[i::2], radius=radius)[2].rho for i in range(2)]
+  np.testing.assert_allclose(got.rho, sum(each) / 2, rtol=1e-5)
+
+
 def test_a_budget_beside_a_rule_is_refused():
   chain = optax.chain(
       asam_jax.ascent(asam_jax.auto_radius()),

@@ -135,6 +135,24 @@ def test_value_and_grad_takes_replicated_parameters(layout, common):
 
 
 @in_layouts
+@pytest.mark.parametrize("common", [False, True])
+@no_pmap_warning
+def test_a_rule_has_one_radius_on_all_devices(layout, common):
+  rule = asam_jax.auto_radius(0.9)
+  start = asam_jax.AutoRadiusState(jnp.float32(0.01), jnp.float32(100))
+  fun = asam_jax.value_and_grad(
+      loss, rho=rule, axis_name="data", average_ascent=common)
+  got = run(
+      lambda params, batch: fun(params, batch, radius=start)[2], layout, PARAMS
+  )  # compares the devices
+  assert got.rho != start.rho
+  if not common:
+    alone = asam_jax.value_and_grad(loss, rho=rule)
+    each = [alone(PARAMS, batch, radius=start)[2].rho for batch in shares()]
+    np.testing.assert_allclose(got.rho, np.mean(each), rtol=1e-5)
+
+
+@in_layouts
 @no_pmap_warning
 def test_grad_over_several_arguments(layout):
   def split_loss(kernel, batch, bias):
@@ -326,6 +344,12 @@ METHODS = {
         optax.sgd(0.1), asam_jax.rise_radius(), **options),
     "loss_budget": lambda **options: asam_jax.adaptive_sam(
         optax.sgd(0.1), asam_jax.loss_budget(0.1), **options),
+    "looksam with a rule": lambda **options: asam_jax.looksam(
+        optax.sgd(0.1), asam_jax.auto_radius(), k=2, **options),
+    "skip with a rule": lambda **options: asam_jax.skip_nonfinite(
+        optax.sgd(0.1),
+        asam_jax.perturbed_gradient(
+            asam_jax.ascent(asam_jax.auto_radius()), **options)),
     "every_second": linked(
         lambda link: asam_jax.sometimes(link, lambda step: step % 2 == 1)),
     "iterated": lambda **options: optax.chain(

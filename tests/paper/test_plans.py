@@ -103,7 +103,9 @@ def test_the_small_plan_has_a_seed_for_the_error_and_never_tunes_on_the_test_set
         entry.config.table == "normalization-small"
     )
   rows = [entry.config for entry in small.PLAN]
-  assert len({key_of(c) for c in rows}) == len({c.name for c in rows}) == len(rows)
+  assert len({key_of(c) for c in rows}) == len({c.name for c in rows})
+  runs = [(key_of(entry.config), x) for entry in small.PLAN for x in entry.seeds]
+  assert len(set(runs)) == len(runs)
 
 
 def test_no_two_rows_of_a_table_have_one_name():
@@ -171,6 +173,15 @@ def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path, monkeypatch):
 def test_an_unknown_plan_is_refused(capsys):
   with pytest.raises(SystemExit, match="plan='smal': unknown; take small or one of"):
     run.main(["smal"])
+
+
+def test_a_plan_of_text_asks_for_its_own_option(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(SystemExit, match="3 runs failed"):
+    run.main(["iwslt14", "--seeds", "0", "--progress", "False"])
+  assert "dataset=parallel needs --data, its place (of a plan: --text)" in (
+      capsys.readouterr().err
+  )
 
 
 def test_results_keep_one_line_a_configuration(tmp_path):
