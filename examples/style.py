@@ -75,7 +75,6 @@ ALIASES = {
     "momentum_sam": "momentum",
     "friendly_sam": "friendly",
     "carried": "stale",
-    "late": "last_half",
 }
 
 SETTINGS: dict[Any, Any] = {
@@ -93,7 +92,6 @@ SETTINGS: dict[Any, Any] = {
     "axes.grid.axis": "y",
     "grid.alpha": 0.3,
     "lines.linewidth": 1.6,
-    "savefig.dpi": 130,
 }
 
 
@@ -109,7 +107,8 @@ def of(method: str) -> Style:
 
 @contextlib.contextmanager
 def picture(
-    path: pathlib.Path, rows: int, columns: int, *, size: tuple[float, float], **options
+    path: pathlib.Path, rows: int, columns: int, *, size: tuple[float, float],
+    dpi: int = 130, **options
 ) -> Iterator[tuple[matplotlib.figure.Figure, Any]]:
   """A figure and its axes [rows, columns], saved when the block is left.
 
@@ -118,6 +117,7 @@ def picture(
     rows: of axes.
     columns: of axes.
     size: width and height in inches.
+    dpi: dots of the PNG in an inch.
     **options: for ``Figure.subplots``.
 
   Yields:
@@ -128,7 +128,7 @@ def picture(
     backend_agg.FigureCanvasAgg(figure)
     yield figure, figure.subplots(rows, columns, squeeze=False, **options)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", dpi=dpi)
   records.replace(path, buffer.getvalue())
 
 

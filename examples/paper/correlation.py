@@ -30,7 +30,6 @@ from examples.paper import checkpoints
 from examples.paper import image_task
 from examples.paper import loop
 from examples.paper import optimizers
-from examples.paper import published
 from examples.paper import results
 from examples.paper.config import Config
 from examples.paper.config import folder_of
@@ -129,14 +128,7 @@ def table(kept: list[dict[str, Any]]) -> str:
   }
   everyone = np.arange(len(kept))
   ours, _ = sharpness_report.main_table(kept, measures, everyone, everyone)
-  return (
-      f"{ours}\n\nPublished {published.DAGGER}:\n\n"
-      + sharpness_report.markdown(
-          {name: [f"{v:+.3f}" for v in values]
-           for name, values in sharpness_report.PUBLISHED.items()},
-          [sharpness_report.NAMES[row] for row in sharpness_report.ROWS],
-      )
-  )
+  return f"{ours}\n\nPublished:\n\n{sharpness_report.published()}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -147,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   found = results.read(results.path_of(arguments.results, "correlation"))
   if not found:
     sys.exit(f"error: no correlation.jsonl in {arguments.results}; train first.")
-  path = arguments.results / "correlation_measures.json"
+  path = results.measures_path(arguments.results)
   seen = []
   for record in tqdm.tqdm(found, desc="networks"):
     seen.append(measured(record, arguments))

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from matplotlib import lines
 import numpy as np
 import optax
 import tyro
@@ -23,6 +24,7 @@ SCALE = (3.0, 1 / 3)  # A
 RADIUS = 0.5
 STARTS = {"left": (0.2, 0.05), "right": (0.3, 0.1 / 3)}
 STEPS = 120
+DPI = 200
 OPTIMIZERS = {
     "sam": asam_jax.sam(optax.sgd(0.05), rho=0.05),
     "asam": asam_jax.adaptive_sam(optax.sgd(0.05), rho=0.05, eta=0.0),
@@ -78,13 +80,29 @@ def trajectory(method: str, start: Sequence[float], steps: int = STEPS) -> np.nd
   return np.concatenate([np.asarray(start)[None], path])
 
 
+def creep(method: str, start: Sequence[float], steps: int = 20) -> float:
+  """How far a path goes after it has crossed the valley.
+
+  Between the means of so many steps after the crossing and of the last, for it swings
+  from one side to the other; 0 if it does not come to the valley.
+  """
+  path = trajectory(method, start)
+  crossed = path[:, 0] * np.maximum(path[:, 1], 0) > 0.04
+  if not crossed.any():
+    return 0.0
+  first = int(np.argmax(crossed))
+  return float(np.linalg.norm(
+      path[first : first + steps].mean(0) - path[-steps:].mean(0)
+  ))
+
+
 def figure_1(path: pathlib.Path) -> None:
   """The two regions at w and at A w, with the loss' contours."""
   w = np.ones(2)
   x, y = np.meshgrid(np.linspace(0, 5, 300), np.linspace(-0.3, 2, 300))
   levels = (0.5, 1, 2, 3, 4, 6, 8, 10, 12)
   with style.picture(
-      path, 1, 2, size=(9, 2.9), sharey=True
+      path, 1, 2, size=(9, 2.9), dpi=DPI, sharey=True
   ) as (figure, axes):
     for axis, method in zip(axes[0], ("sam", "asam"), strict=True):
       look = style.of(method)
@@ -115,14 +133,14 @@ def figure_3(path: pathlib.Path) -> None:
   """The paths from two starts that are rescalings of each other."""
   x, y = np.meshgrid(np.linspace(0.15, 0.4, 300), np.linspace(-0.02, 0.24, 300))
   with style.picture(
-      path, 1, 2, size=(9, 4.3), sharey=True
+      path, 1, 2, size=(9, 4.3), dpi=DPI, sharey=True
   ) as (figure, axes):
     for axis, method in zip(axes[0], ("sam", "asam"), strict=True):
       look = style.of(method)
       loss = np.abs(x * np.maximum(y, 0) - 0.04)
       axis.contour(x, y, loss, 12, colors="0.8", linewidths=0.8)
       valley = np.linspace(0.168, 0.4, 100)
-      axis.plot(valley, 0.04 / valley, color="0.5", linestyle=":", label="loss 0")
+      axis.plot(valley, 0.04 / valley, color="0.5", linestyle=":")
       for start in STARTS.values():
         points = trajectory(method, start)
         axis.plot(*points.T, ".-", color=look.color, markersize=4, linewidth=0.8)
@@ -131,17 +149,32 @@ def figure_3(path: pathlib.Path) -> None:
             f"start ({start[0]:g}, {start[1]:.3g})", start, (6, -10),
             textcoords="offset points", fontsize=8,
         )
-        axis.plot(*points[-1], "*", color=look.color, markersize=11)
+        axis.plot(*points[-1], "*", color=look.color, markersize=11,
+                  markeredgecolor="black", markeredgewidth=0.7)
       axis.set_title(f"{look.label}, ρ = 0.05")
       axis.set_xlabel("$w_1$")
+      axis.set_xticks([0.15, 0.2, 0.25, 0.3, 0.35])
       axis.grid(visible=False)
     axes[0, 0].set_ylabel("$w_2$")
-    axes[0, 0].legend(loc="upper right")
+    figure.legend(handles=_signs(), loc="outside upper center", ncols=5)
     style.explain(
         figure,
-        f"|w₁ ReLU(w₂) − 0.04|: {STEPS} steps of 0.05, a dot for each, a star for the"
-        " last. The starts are rescalings of each other.",
+        f"|w₁ ReLU(w₂) − 0.04|: {STEPS} steps of 0.05. The starts are rescalings of"
+        " each other.",
     )
+
+
+def _signs() -> list[lines.Line2D]:
+  """What the legend of figure 3 has, in no method's colour."""
+  signs = {
+      "start": {"marker": "o", "linestyle": "none", "color": "black"},
+      "step": {"marker": ".", "linewidth": 0.8, "color": "0.5"},
+      "last step": {"marker": "*", "markersize": 11, "linestyle": "none",
+                    "color": "0.5", "markeredgecolor": "black"},
+      "loss 0": {"linestyle": ":", "color": "0.5"},
+      "equal loss": {"linewidth": 0.8, "color": "0.8"},
+  }
+  return [lines.Line2D([], [], label=name, **look) for name, look in signs.items()]
 
 
 @dataclasses.dataclass(frozen=True)

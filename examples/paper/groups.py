@@ -1,10 +1,12 @@
 """Runs that differ in the seed alone, and what is said of them together."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import dataclasses
 import math
 from typing import Any, NamedTuple
 
+from examples import summary
+from examples.paper import plans
 from examples.paper import results
 from examples.paper.config import Config
 from examples.paper.config import from_json
@@ -23,7 +25,7 @@ _LABELS = {
     "vasso": "VaSSO (T_w)",
     "friendly_sam": "Friendly SAM (T_w)",
 }
-_BASES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
+BASES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 
 
 class Value(NamedTuple):
@@ -33,19 +35,19 @@ class Value(NamedTuple):
   error: float
 
   def __str__(self) -> str:
-    if math.isnan(self.error):
-      return f"{self.mean:.2f}"
-    return f"{self.mean:.2f} ± {self.error:.2f}"
+    return summary.show(self.mean, self.error, digits=2)
 
 
 def value(numbers: Iterable[float]) -> Value:
   """Mean and standard error."""
-  numbers = list(numbers)
-  count, mean = len(numbers), sum(numbers) / len(numbers)
-  if count < 2:
-    return Value(mean, math.nan)
-  variance = sum((x - mean) ** 2 for x in numbers) / (count - 1)
-  return Value(mean, math.sqrt(variance / count))
+  return Value(*summary.mean_and_error(list(numbers)))
+
+
+def difference(one: Value | None, other: Value | None) -> Value | None:
+  """Of two means, as if the runs had nothing in common; None if one is missing."""
+  if one is None or other is None:
+    return None
+  return Value(one.mean - other.mean, math.hypot(one.error, other.error))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +75,28 @@ class Group:
     return value(100 * run["history"][-1]["train_accuracy"] for run in self.runs)
 
   def bleu(self) -> Value | None:
-    if any("bleu" not in run["history"][-1] for run in self.runs):
+    """Of the last epoch; None of what is no translator."""
+    return self._recorded("bleu", 1)
+
+  def top_5(self) -> Value | None:
+    """Accuracy among the five best classes, in percent; None where it is not known."""
+    return self._recorded("top_5", 100)
+
+  def _recorded(self, name: str, unit: float) -> Value | None:
+    if any(name not in run["history"][-1] for run in self.runs):
       return None
-    return value(run["history"][-1]["bleu"] for run in self.runs)
+    return value(unit * run["history"][-1][name] for run in self.runs)
 
   def teraflop(self) -> float:
-    """Of a run's training: forward and backward are three times the forward pass."""
+    """Of a run's training: forward and backward are three times the forward pass.
+
+    An epoch has all of the sentences, each taken for one of median length, but only as
+    many images as fill its batches.
+    """
     run = self.runs[0]
-    seen = run["examples"] * len(run["history"])
+    seen = run["steps"] * self.config.batch_size
+    if self.config.dataset == "parallel":
+      seen = run["examples"] * len(run["history"])
     return 6 * run["multiply_adds"] * seen * run["gradients_per_step"] / 1e12
 
   def minutes(self) -> float:
@@ -117,9 +133,38 @@ def group(records: Iterable[dict[str, Any]], swept: bool = False) -> list[Group]
   return groups
 
 
+def of_plan(
+    records: Sequence[dict[str, Any]], plan: Sequence[plans.Entry]
+) -> list[dict[str, Any]]:
+  """Without the runs at radii that an earlier state of the plan chose.
+
+  Args:
+    records: the finished runs of all tables.
+    plan: whose rows have the radius of their sweep; other rows stay as they are, and so
+      does a row whose sweep is not done.
+  """
+  by_key = {record["key"]: record for record in records}
+  radii = {entry.config.name: plans.chosen(plan, entry, by_key) for entry in plan}
+  return [
+      record for record in records
+      if record["config"]["validation"]
+      or radii.get(record["name"]) in (None, record["config"]["rho"])
+  ]
+
+
+def in_order(
+    found: Iterable[Group], plan: Sequence[plans.Entry]
+) -> list[Group]:
+  """By their place in the plan, after all of its rows if they have none."""
+  names = [entry.config.name for entry in plan]
+  return sorted(found, key=lambda group: (
+      names.index(group.config.name) if group.config.name in names else len(names)
+  ))
+
+
 def label(config: Config, least_epochs: int | None = None) -> str:
   """A method's name in a table; least_epochs: those that the others train for."""
-  base, method = _BASES[config.base], config.method
+  base, method = BASES[config.base], config.method
   if method == "looksam":
     name = f"LookSAM (T_w), every {config.every}th step"
     if config.reuse != Config.reuse:
@@ -143,5 +188,6 @@ def style_of(config: Config) -> str:
   names = {
       "plain": "sgd", "momentum_sam": "momentum_plain",
       "adaptive_momentum_sam": "momentum",
+      "late": "last_half" if config.last >= 0.5 else "last_fifth",
   }
   return names.get(config.method, config.method)

@@ -2,7 +2,10 @@
 
 Kwon et al. 2021 (arXiv 2102.11600), mean ± standard error. ``DAGGER`` marks figures
 that were taken from a secondary source and not checked against the paper's own text.
+The rank correlations are with :mod:`examples.sharpness_report`.
 """
+
+from examples.paper import groups
 
 DAGGER = "†"
 
@@ -27,6 +30,12 @@ _NETWORKS = {
     "wrn28_2": "WRN-28-2",
     "wrn28_10": "WRN-28-10",
 }
+
+
+def value(text: str) -> groups.Value:
+  """A published figure as mean and error, NaN where there is none."""
+  mean, _, error = text.partition(" ± ")
+  return groups.Value(float(mean), float(error or "nan"))
 
 
 def network(name: str) -> str:
@@ -55,10 +64,12 @@ CIFAR100: _Table = {
     "pyramidnet272": ("88.91 ± 0.12", "89.36 ± 0.20", "89.90 ± 0.13"),
 }
 IMAGENET: _Table = {
-    "resnet50": ("75.79 ± 0.22", "76.39 ± 0.03", "76.63 ± 0.18"),
+    "top-1": ("75.79 ± 0.22", "76.39 ± 0.03", "76.63 ± 0.18"),
+    "top-5": ("92.62 ± 0.04", "92.97 ± 0.07", "93.16 ± 0.18"),
 }
 IWSLT14: _Table = {
-    "transformer": ("34.86", "34.78", "35.02"),
+    "validation": ("35.34", "35.52", "35.66"),
+    "test": ("34.86", "34.78", "35.02"),
 }
 NOISE: _Table = {
     "0 %": ("94.50 ± 0.11", "94.80 ± 0.12", "94.88 ± 0.12"),
@@ -66,6 +77,14 @@ NOISE: _Table = {
     "40 %": ("87.68", "90.62", "90.89"),
     "60 %": ("82.50", "86.58", "87.41"),
     "80 %": ("68.35 ± 0.85", "69.92 ± 0.98", "67.69 ± 1.34"),
+}
+
+# Scheme: {radius: test error in percent} of WRN-16-8 on CIFAR-10, from the first author
+# in the discussion https://github.com/davda54/sam/issues/37, with that repository's
+# settings but for the first, which is from his own. The paper has a figure.
+NORMALIZATION = {
+    "elementwise-2": {0.5: "2.37"},
+    "elementwise-2-bias": {0.5: "2.75", 1.0: "2.69", 2.0: "2.55", 5.0: "2.90"},
 }
 
 # Becker et al. 2024 (arXiv 2401.12033), CIFAR-100, test accuracy of WRN-16-4 and

@@ -19,6 +19,11 @@ def path_of(folder: pathlib.Path, table: str) -> pathlib.Path:
   return folder / f"{table}.jsonl"
 
 
+def measures_path(folder: pathlib.Path) -> pathlib.Path:
+  """What ``examples.paper.correlation`` measured of the networks of its table."""
+  return folder / "correlation_measures.json"
+
+
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
   """The runs of a table; none where there is no file.
 

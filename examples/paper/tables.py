@@ -10,13 +10,16 @@ from collections.abc import Sequence
 import dataclasses
 import pathlib
 import sys
+from typing import Any
 
 import tyro
 
 from examples import records as rows
+from examples.paper import groups
 from examples.paper import page
 from examples.paper import pictures
 from examples.paper import results
+from examples.paper import small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +32,19 @@ class Arguments:
   """Folder of the pictures."""
 
 
+def read(folder: pathlib.Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+  """(the finished runs, at the radii of the plan; what the correlation measured)."""
+  records = groups.of_plan(results.read_all(folder), small.PLAN)
+  return records, rows.read(results.measures_path(folder))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   arguments = tyro.cli(
       Arguments, args=argv, prog="python -m examples.paper.tables",
       description=__doc__,
   )
   try:
-    records = results.read_all(arguments.results)
+    records, measured = read(arguments.results)
   except ValueError as error:
     sys.exit(f"error: {error}")
   if not records:
@@ -44,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         " examples.paper.run."
     )
   drawn = pictures.draw_all(records, arguments.pictures)
-  rows.replace(arguments.page, page.page(records, drawn, arguments.page.parent))
+  text = page.page(records, drawn, arguments.page.parent, measured)
+  rows.replace(arguments.page, text)
   print(f"{len(records)} runs; {arguments.page}, {len(drawn)} pictures")
 
 
