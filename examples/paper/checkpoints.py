@@ -29,6 +29,8 @@ class Keeper:
     self._epochs, self._steps = options.checkpoint_every, options.checkpoint_steps
     self._keep = options.keep_checkpoints
     self._folder = folder.absolute() / "checkpoints"
+    self._served = self._folder.with_name("checkpoints-served")
+    shutil.rmtree(self._served, ignore_errors=True)  # left by a stop in finish()
     self._manager = ocp.CheckpointManager(
         self._folder,
         options=ocp.CheckpointManagerOptions(
@@ -76,8 +78,10 @@ class Keeper:
       self.save(step, state, history)
 
   def finish(self) -> None:
-    """The run is done: its checkpoint has served."""
+    """The run is done and its record written: its checkpoint has served."""
     self._manager.wait_until_finished()
     if not self._keep:
       self._manager.close()
-      shutil.rmtree(self._folder, ignore_errors=True)
+      # A removal that is stopped half-way must leave no half of a checkpoint.
+      self._folder.rename(self._served)
+      shutil.rmtree(self._served, ignore_errors=True)

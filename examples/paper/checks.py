@@ -4,6 +4,7 @@ import math
 
 import jax
 
+from examples.paper import models
 from examples.paper import optimizers
 from examples.paper.config import Config
 from examples.paper.config import ConfigError
@@ -38,8 +39,20 @@ def check(config: Config, options: Options) -> None:
   if config.seed >= 2**31:
     raise ConfigError(f"seed={config.seed}: must be below 2^31.")
   optimizers.check(config)
+  _check_model(config)
   _check_labels(config)
   _check_options(config, options)
+
+
+def _check_model(config: Config) -> None:
+  """Text is for translators, images are for all others; a typo is left to build."""
+  is_text = config.dataset == "parallel"
+  fitting = [name for name in models.NAMES if (name in models.TRANSLATORS) == is_text]
+  if config.model in models.NAMES and config.model not in fitting:
+    raise ConfigError(
+        f"model={config.model!r}: not for dataset={config.dataset}; take one of"
+        f" {', '.join(fitting)}."
+    )
 
 
 def _check_labels(config: Config) -> None:
@@ -48,7 +61,7 @@ def _check_labels(config: Config) -> None:
         f"noise={config.noise} and human_labels={config.human_labels!r}: choose one"
         " of the two kinds of wrong labels."
     )
-  if config.human_labels and config.dataset not in ("cifar10", "fake"):
+  if config.human_labels and config.dataset != "cifar10":
     raise ConfigError(
         f"human_labels={config.human_labels!r}: CIFAR-10N's labels are for"
         f" dataset=cifar10, not {config.dataset}."
@@ -70,8 +83,10 @@ def _check_options(config: Config, options: Options) -> None:
         f"batch_size={config.batch_size}: does not divide into {devices} equal parts,"
         f" one for each device; take a multiple of {devices}."
     )
-  if options.data is None and config.dataset in ("imagenet", "parallel"):
-    raise ConfigError(f"dataset={config.dataset} needs --data, its place.")
+  places = {"imagenet": "its place", "parallel": "its place (of a plan: --text)"}
+  if options.data is None and config.dataset in places:
+    place = places[config.dataset]
+    raise ConfigError(f"dataset={config.dataset} needs --data, {place}.")
   for field in ("data", "labels"):
     path = getattr(options, field)
     if path is not None and not path.exists():

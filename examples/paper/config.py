@@ -139,7 +139,8 @@ class Options:
   """Folder or archive of the data set, in its official format. CIFAR is downloaded
   where it is left out."""
   labels: pathlib.Path | None = None
-  """Folder or file of CIFAR-10N's labels."""
+  """Folder of CIFAR-10N's labels, a file for each set; load_cifar10n of images.py
+  says how to get them."""
   folder: pathlib.Path | None = None
   """Folder of the run: log, checkpoints. Default: runs/paper/<name>-<digest>."""
   results: pathlib.Path = pathlib.Path("runs/paper/results")

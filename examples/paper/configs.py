@@ -82,6 +82,7 @@ def translation() -> Iterator[Config]:
       name="iwslt14", table="iwslt14", dataset="parallel", model="transformer",
       base="adamw", learning_rate=5e-4, schedule="inverse_sqrt", warmup=4000,
       beta2=0.98, weight_decay=1e-4, dropout=0.3, epochs=50, vocabulary=10_000,
+      validation_files="valid", test_files="test",
   )
   yield replace(config, name="iwslt14-adam")
   for method, rho in RADII["iwslt14"].items():

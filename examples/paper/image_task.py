@@ -33,7 +33,7 @@ def load(config: Config, options: Options) -> image_data.Images:
     }[config.dataset]
     try:
       data = loader(options.data)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: no download
       raise ConfigError(f"data={options.data}: {error}") from error
   labels = data.train.labels
   if config.human_labels:
@@ -43,7 +43,7 @@ def load(config: Config, options: Options) -> image_data.Images:
           " CIFAR-10N's labels."
       )
     try:
-      labels = image_data.load_cifar10n(options.labels, config.human_labels)
+      labels = image_data.load_cifar10n(options.labels, config.human_labels, labels)
     except (OSError, ValueError) as error:
       raise ConfigError(f"labels={options.labels}: {error}") from error
   if config.noise:

@@ -15,6 +15,7 @@ from examples.paper import clock as clocks
 from examples.paper import logs
 from examples.paper import optimizers
 from examples.paper import programs
+from examples.paper import results
 from examples.paper import tasks
 from examples.paper.config import Config
 from examples.paper.config import folder_of
@@ -107,6 +108,8 @@ class Outcome(NamedTuple):
 def run(config: Config, options: Options) -> Outcome:
   """Trains a configuration, or what is left of it in its folder.
 
+  The record is added to its table, see ``Options.results``.
+
   Raises:
     ConfigError: for anything in the configuration or the data that can't be; before
       the first step.
@@ -126,6 +129,8 @@ def run(config: Config, options: Options) -> Outcome:
     with logs.Log(folder, config, options, total, int(state.step), history) as log:
       state = _train(task, recipe, program, config, clock, state, keeper, log)
       record = _record(task, program, config, state, recipe, log.history)
+    # The record first: a run that is stopped before that still has its checkpoint.
+    results.add(results.path_of(options.results, config.table), record)
     keeper.finish()
   return Outcome(state, record)
 
@@ -134,6 +139,8 @@ def _train(task, recipe, program, config, clock, state, keeper, log) -> TrainSta
   """The epochs that are missing."""
   start = int(state.step)
   for epoch in range(start // task.steps, config.epochs):
+    if _diverged(log.history):
+      break  # what is no longer finite does not come back
     done = int(state.step) - epoch * task.steps
     clock.lap()
     for end, new in program.epoch(state, epoch, done):
@@ -157,9 +164,12 @@ def _train(task, recipe, program, config, clock, state, keeper, log) -> TrainSta
     log.epoch(line)
     state = state._replace(sums=program.place(tasks.Sums.zero()))
     keeper.save_epoch(epoch + 1, (epoch + 1) * task.steps, state, log.history, last)
-    if last:
-      break  # what is no longer finite does not come back
   return state
+
+
+def _diverged(history) -> bool:
+  """Whether the training loss of the last epoch is not finite."""
+  return bool(history) and not math.isfinite(float(history[-1]["train_loss"]))
 
 
 def _record(task, program, config, state, recipe, history) -> dict[str, Any]:
@@ -167,7 +177,7 @@ def _record(task, program, config, state, recipe, history) -> dict[str, Any]:
   return {
       **logs.heading(config),
       "history": history,
-      "diverged": not math.isfinite(float(history[-1]["train_loss"])),
+      "diverged": _diverged(history),
       "steps": history[-1]["step"],
       "examples": task.size,
       "multiply_adds": task.multiply_adds(),

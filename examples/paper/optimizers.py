@@ -100,8 +100,7 @@ def _looksam(base_tx, config, total):
 
 
 def _late(base_tx, config, total):
-  first = round((1 - config.last) * total)
-  when = lambda step: step >= first  # noqa: E731
+  when = asam_jax.late(total, config.last)
   ascent_tx = asam_jax.ascent(config.rho, **_geometry(config))
   link = asam_jax.sometimes(asam_jax.perturbed_gradient(ascent_tx), when)
   return Recipe(_extra(optax.chain(link, base_tx)), when, gradients=1 + config.last)
@@ -140,15 +139,15 @@ METHODS: dict[str, _Method] = {
     "friendly_sam": _alias(asam_jax.friendly_sam),
 }
 
-# Methods whose T_w is 1 whatever the configuration says.
-UNNORMALIZED = ("plain", "sam", "momentum_sam")
-
 # Methods that are given no radius.
 WITHOUT_RADIUS = ("plain", "auto")
 
 
 def check(config: Config) -> None:
-  """Raises ConfigError for an unknown method or a radius that does not go with it."""
+  """Raises ConfigError for an unknown method or a radius that does not go with it.
+
+  Likewise for a cosine that no radius can hold.
+  """
   if config.method not in METHODS:
     names = ", ".join(METHODS)
     raise ConfigError(f"method={config.method!r}: unknown; take one of {names}.")
@@ -162,6 +161,8 @@ def check(config: Config) -> None:
         f"rho=0: method={config.method!r} needs a radius above 0, or it is the plain"
         " optimizer at a higher price."
     )
+  if not 0 < config.cosine < 1:
+    raise ConfigError(f"cosine={config.cosine}: must be above 0 and below 1.")
 
 
 def _inverse_sqrt(rate: float, first: int) -> optax.Schedule:

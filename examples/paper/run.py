@@ -43,7 +43,7 @@ class Arguments:
   data: pathlib.Path | None = None
   """Folder or archive of the images. CIFAR is downloaded where it is left out."""
   labels: pathlib.Path | None = None
-  """Folder or file of CIFAR-10N's labels."""
+  """Folder of CIFAR-10N's labels, a file for each set."""
   text: pathlib.Path | None = None
   """Folder of the parallel text."""
   results: pathlib.Path = pathlib.Path("runs/paper/results")
@@ -164,7 +164,6 @@ def _run_one(config: Config, arguments: Arguments) -> bool:
     return False
   finally:
     jax.clear_caches()  # the programs of one run are of no use to the next
-  results.add(results.path_of(options.results, config.table), record)
   print(f"{config.name}, seed {config.seed}: {results.summary(record)}", flush=True)
   return True
 

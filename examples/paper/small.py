@@ -97,6 +97,11 @@ def auto(config: Config) -> Entry:
   return Entry(row(config, "auto", method="auto"))
 
 
+def auto_milder(config: Config) -> Entry:
+  """The same with a target that turns the gradient less."""
+  return Entry(row(config, "auto-0.9", method="auto", cosine=0.9))
+
+
 def cheaper(config: Config) -> list[Entry]:
   """The methods that save the second gradient, or most of them."""
   asam = f"{config.name}-asam"
@@ -129,9 +134,10 @@ PLAN: tuple[Entry, ...] = (
     doubled(FEW),
     auto(FEW),
     *cheaper(FEW),
-    Entry(row(FEW, "auto-0.9", method="auto", cosine=0.9)),
+    auto_milder(FEW),
     *basic(WORSE),
     auto(WORSE),
+    auto_milder(WORSE),
     *basic(VIT, "adamw"),
     auto(VIT),
     *translation(),

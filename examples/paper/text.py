@@ -230,6 +230,7 @@ def batches(
     lengths: Sequence[int],
     subwords: int,
     rng: np.random.Generator | None = None,
+    multiple: int = 1,
 ) -> Iterator[Batch]:
   """Every sentence once, in batches of one shape for each length.
 
@@ -240,6 +241,8 @@ def batches(
     subwords: of a batch's source or target, padding included; a bucket's batches have
       ``subwords // length`` rows.
     rng: shuffles sentences and batches; None keeps the order within a bucket.
+    multiple: the number of devices, say: each batch is filled up with rows of weight 0
+      to a multiple of it. The sentences in it are the same.
 
   Yields:
     Batches. The last one of a bucket is filled up with rows of weight 0.
@@ -268,7 +271,7 @@ def batches(
   if rng is not None:
     parts = [parts[i] for i in rng.permutation(len(parts))]
   for members, rows, length in parts:
-    yield _batch(pairs, members, rows, length)
+    yield _batch(pairs, members, rows + -rows % multiple, length)
 
 
 def _batch(pairs: Pairs, members: np.ndarray, rows: int, length: int) -> Batch:

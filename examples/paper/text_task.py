@@ -72,6 +72,7 @@ class TextTask:
   def __init__(self, config: Config, options: Options):
     corpus = load(config, options)
     self.config = config
+    self._devices = options.devices or len(jax.devices())
     self.vocabulary = vocabulary_of(corpus, config, options)
     self.pairs = training_pairs(text.encode(self.vocabulary, corpus.train), config)
     self.lengths = text.bucket_lengths(self.pairs)
@@ -101,7 +102,9 @@ class TextTask:
 
   def batches(self, epoch, done=0):
     rng = np.random.default_rng([self.config.seed, epoch])
-    found = text.batches(self.pairs, self.lengths, self.config.subwords, rng)
+    found = text.batches(
+        self.pairs, self.lengths, self.config.subwords, rng, self._devices
+    )
     # The loss has no use for the sentences' numbers.
     return (batch[:4] for batch in itertools.islice(found, done, None))
 

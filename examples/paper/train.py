@@ -23,7 +23,6 @@ def main(argv: Sequence[str] | None = None) -> None:
   except ConfigError as error:
     sys.exit(f"error: {error}")
   path = results.path_of(options.results, config.table)
-  results.add(path, record)
   print(f"{config.name}, seed {config.seed}: {results.summary(record)}; {path}")
 
 

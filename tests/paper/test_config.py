@@ -136,6 +136,8 @@ def test_settings_are_the_paper_s():
   assert (resnet.rho, resnet.batch_size, resnet.learning_rate) == (1.0, 512, 0.2)
   adam = configs.NAMED["iwslt14-asam"]
   assert (adam.rho, adam.beta2, adam.dropout, adam.epochs) == (0.2, 0.98, 0.3, 50)
+  files = (adam.train_files, adam.validation_files, adam.test_files)
+  assert files == ("train", "valid", "test")  # as IWSLT'14's are named
 
 
 def test_correlation_has_625_models():

@@ -18,9 +18,11 @@ from examples.paper.models import transformer
 
 # Published with 10 classes (1000 for ImageNet's), and multiply-adds in millions.
 # pytorchcv's tables, which count norms and activations as well, up to 3 % of the whole;
-# the last two: torchvision's metadata, which give the multiply-adds to the million.
+# resnet32: pytorch-cifar-models', 0.47 million parameters, convolutions and products
+# alone; the last two: torchvision's metadata, to the million.
 PUBLISHED = {
     "resnet20": (272_474, 41.29, 0.03),
+    "resnet32": (466_906, 69.12, 0.0002),
     "resnet56": (855_770, 127.06, 0.03),
     "resnext29_32x4d": (4_775_754, 780.55, 0.03),
     "wrn28_10": (36_479_194, 5246.98, 0.03),
@@ -49,18 +51,26 @@ def test_parameters_and_multiply_adds_are_as_published(name):
   assert (1 - tolerance) * millions <= counted <= 1.0002 * millions
 
 
-def test_parameters_of_wide_resnets_by_hand():
-  """WRN-28-2: four blocks a stage, two norms and convolutions a block."""
-  total, before = 9 * 3 * 16, 16
-  for width in (32, 64, 128):
-    total += 2 * before + 9 * before * width + 2 * width + 9 * width**2
-    total += before * width  # the shortcut
-    total += 3 * (4 * width + 18 * width**2)
+# The millions of parameters are those of the table of their paper.
+@pytest.mark.parametrize(
+    ("name", "blocks", "widen", "millions"),
+    [("wrn28_2", 4, 2, 1.5), ("wrn16_8", 2, 8, 11.0)],
+)
+def test_wide_resnets_by_hand(name, blocks, widen, millions):
+  """Three stages; two norms and convolutions a block, a shortcut in a stage's first."""
+  weights, products, before = 9 * 3 * 16, 1024 * 9 * 3 * 16, 16
+  for width, side in ((16 * widen, 32), (32 * widen, 16), (64 * widen, 8)):
+    convolutions = 10 * before * width + 9 * width**2
+    convolutions += (blocks - 1) * 18 * width**2
+    weights += convolutions + 2 * before + 2 * width + (blocks - 1) * 4 * width
+    products += side**2 * convolutions
     before = width
-  total += 2 * 128 + 128 * 10 + 10
-  model = models.build("wrn28_2", 10)
-  assert costs.parameters(model, *_inputs("wrn28_2")) == total
-  assert round(total / 1e6, 1) == 1.5  # as the table of its paper gives it
+  last = before * 10
+  model = models.build(name, 10)
+  parameters = weights + 2 * before + last + 10
+  assert costs.parameters(model, *_inputs(name)) == parameters
+  assert round(parameters / 1e6, 1) == millions
+  assert costs.multiply_adds(model, *_inputs(name)) == products + last
 
 
 def test_vgg19_by_hand():

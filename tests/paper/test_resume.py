@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
 from examples.paper import checkpoints
 from examples.paper import loop
+from examples.paper import results
 from examples.paper import train
 from examples.paper.clock import Clock
 from examples.paper.config import ConfigError
@@ -35,6 +37,10 @@ def stop_before_step(monkeypatch, step):
       raise StoppedError
 
   monkeypatch.setattr(Clock, "wait", wait)
+
+
+def _stopped(*args):
+  raise StoppedError
 
 
 def comparable(record):
@@ -68,6 +74,50 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
   record = loop.run(CONFIG, here).record
   stop_before_step(monkeypatch, 0)
   assert comparable(loop.run(CONFIG, here).record) == comparable(record)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_diverged_is_not_trained_on(tmp_path, monkeypatch):
+  config = replace(CONFIG, learning_rate=1e30)
+  here = options(tmp_path, keep_checkpoints=True)
+  record = loop.run(config, here).record
+  assert record["diverged"]
+  assert len(record["history"]) < config.epochs
+  stop_before_step(monkeypatch, 0)
+  assert comparable(loop.run(config, here).record) == comparable(record)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_record_is_written_before_the_checkpoints_go(tmp_path, monkeypatch):
+  here = options(tmp_path)
+  path = results.path_of(here.results, CONFIG.table)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints.Keeper, "finish", _stopped)
+    with pytest.raises(StoppedError):
+      loop.run(CONFIG, here)
+  (record,) = results.read(path)
+  stop_before_step(monkeypatch, 0)
+  assert comparable(loop.run(CONFIG, here).record) == comparable(record)
+  assert len(results.read(path)) == 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_checkpoints_that_are_half_removed_are_none(tmp_path, monkeypatch):
+  def half(folder, **_):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files[::2]:
+      path.unlink()
+    if files:
+      raise StoppedError
+
+  here = options(tmp_path)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints, "shutil", types.SimpleNamespace(rmtree=half))
+    with pytest.raises(StoppedError):
+      loop.run(CONFIG, here)
+  (record,) = results.read(results.path_of(here.results, CONFIG.table))
+  assert comparable(loop.run(CONFIG, here).record) == comparable(record)
+  assert not list((tmp_path / "run").glob("checkpoints*"))
 
 
 @pytest.mark.usefixtures("tiny")

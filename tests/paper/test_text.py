@@ -153,6 +153,19 @@ def test_the_order_goes_by_the_generator():
   assert first != numbers(np.random.default_rng(2))
 
 
+def test_batches_are_filled_up_to_a_multiple_of_the_devices():
+  pairs, lengths = _pairs(60), (16, 32)
+  rows = {16: 7, 32: 3}
+  plain = list(text.batches(pairs, lengths, 112))
+  filled = list(text.batches(pairs, lengths, 112, multiple=4))
+  for one, other in zip(plain, filled, strict=True):
+    count, length = one.source.shape
+    assert count == rows[length]
+    assert other.source.shape == (count + 1, length)
+    assert [*one.number, -1] == [*other.number]
+    assert other.weights[-1] == 0
+
+
 def test_buckets_hold_about_as_many_sentences_each():
   pairs = _pairs(4000, longest=200)
   lengths = text.bucket_lengths(pairs, 4)

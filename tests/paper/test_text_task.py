@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import numpy as np
 import pytest
 
@@ -60,6 +61,21 @@ def test_batches_are_a_function_of_seed_and_epoch(corpus):
   for one, other in zip(whole[2:], task.batches(3, done=2), strict=True):
     np.testing.assert_array_equal(one[0], other[0])
   assert sum(batch[3].sum() for batch in whole) == 24
+
+
+def test_rows_that_do_not_divide_among_the_devices_are_filled_up(corpus):
+  # Adam would make steps out of the rounding of gradients that are zero.
+  config = replace(CONFIG, base="sgd", subwords=40, epochs=1, warmup=0)
+  task = text_task.TextTask(config, options(corpus, data=corpus))
+  assert {len(batch[0]) for batch in task.batches(0)} == {5}
+  alone, both = (
+      loop.run(config, options(corpus / str(n), data=corpus, devices=n))
+      for n in (1, 2)
+  )
+  # The same sentences in each step, and the same dropout: the same run.
+  assert both.record["devices"] == 2
+  assert both.record["steps"] == alone.record["steps"]
+  chex.assert_trees_all_close(both.state, alone.state, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("fields", "message"), [

@@ -17,7 +17,7 @@ from examples.paper.models import vgg
 from examples.paper.models import vit
 from examples.paper.models import wide
 
-__all__ = ["NAMES", "build"]
+__all__ = ["NAMES", "TRANSLATORS", "build"]
 
 
 def _resnet(depth, **sizes):
@@ -68,6 +68,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     ),
 }
 NAMES = tuple(_BUILDERS)
+TRANSLATORS = ("transformer", "transformer_small")
 _CONVOLUTIONS = {"lax": None, "shifts": convolution.convolve}
 
 

@@ -4,6 +4,12 @@ Initialization and batch norm are those of the networks that the official ASAM c
 trains (PyTorch): He's normal distribution by the fan-out for convolutions, gamma 1,
 beta 0, PyTorch's default for the last layer, and running means that keep 0.9 of
 themselves at each step.
+
+Known differences from that code: both of its passes update the running statistics,
+here the clean one alone; PyTorch's running variance is unbiased, Flax's is not. It also
+lowers the learning rate once an epoch and trains on the last, smaller batch of each;
+here the rate falls with each step, and the few images that are left over are others
+each epoch.
 """
 
 from collections.abc import Callable
