@@ -94,11 +94,11 @@ def auto_radius(
   leave the plateau. Nor is the gap more than :math:`100\,e^{kt}` times ``start`` at the
   first steps t, as it would be behind a batch whose gradient all but vanishes.
 
-  Where it holds (on digits; the site's page on the radius has the table): without batch
-  norm at p = 2, with SGD and AdamW, the default does as well as a radius that was tuned,
-  but for a transformer on clean labels with T = 1. With batch norm and
-  wrong labels it is too timid at p = 2, and a target of 0.7 or, in a short training, a
-  rate of 0.2 does better. At p = inf a transformer wants 0.9 or a fixed radius. Where the
+  Where it holds (on digits; the site's page on the radius has the table): without
+  batch norm at p = 2, with SGD and AdamW, the default does as well as a radius that was
+  tuned, but for a transformer on clean labels with T = 1. With batch norm and wrong
+  labels it is too timid at p = 2, and a target of 0.7 or, in a short training, a rate
+  of 0.2 does better. At p = inf a transformer wants 0.9 or a fixed radius. Where the
   plain optimizer does not come to learn its training set, as in short training with
   augmentation, the default holds learning back and costs accuracy, far more than ASAM
   gains: there the radius that tuning finds turns the gradient by some degrees only
