@@ -214,6 +214,14 @@ def test_no_weight_at_all():
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(got))
 
 
+@pytest.mark.parametrize("weight", [1, 2.5])
+def test_a_weight_may_be_a_python_number(weight):
+  fun = asam_jax.microbatched(jax.grad(loss), 4, weights=lambda batch: weight)
+  plain = asam_jax.microbatched(jax.grad(loss), 4)
+  chex.assert_trees_all_close(
+      fun(W, BATCH), plain(W, BATCH), rtol=1e-5, atol=1e-6)
+
+
 def test_integer_weights_and_counts():
   def counted(x):
     return x.mean(), jnp.sum(x > 0)
