@@ -26,6 +26,8 @@ TITLES = {
     "multi30k": "Multi30k, German to English",
 }
 _BEST_TOO = ("cifar10n-small", "noise-small")
+# Where examples.paper.angle has looked.
+ANGLES = (small.FEW.table, small.WORSE.table)
 
 
 def small_table(table: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -37,7 +39,6 @@ def small_table(table: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
     parts.append(comparison.normalization_text(found))
   elif found:
     parts += [methods_table(found, best=table in _BEST_TOO), pace_sentence(found)]
-  if table == small.FEW.table:
     parts.append(disappointing(found, swept))
   if swept:
     parts.append(sweep_sentence(swept, records))
@@ -134,22 +135,32 @@ def pace_sentence(found: Sequence[groups.Group]) -> str:
 def disappointing(
     found: Sequence[groups.Group], swept: Sequence[groups.Group]
 ) -> str:
-  """The rows of the few images that stay behind SGD, in words."""
-  name = small.FEW.name
-  rows = {g.config.name.removeprefix(f"{name}-"): g for g in found}
+  """The rows that stay behind the base optimizer, in words."""
+  plain = [g for g in found if g.config.method == "plain"]
+  if not plain:
+    return ""
+  base = min(plain, key=lambda g: g.config.epochs)
+  name, label = base.config.table, groups.label(base.config)
+  rows = {
+      g.config.name.removeprefix(f"{name}-"): g
+      for g in found if g.last().mean < base.last().mean
+  }
   sentences = []
-  if {"sgd", "auto"} <= set(rows):
-    sgd, auto = rows["sgd"], rows["auto"]
+  if auto := rows.get("auto"):
     sentences += [
         f"The auto radius, which holds the cosine of the two gradients at"
-        f" {auto.config.cosine:g}, gets {auto.last().mean:.1f} % where SGD gets"
-        f" {sgd.last().mean:.1f} %; its training accuracy is"
-        f" {auto.training().mean:.1f} % where SGD's is {sgd.training().mean:.1f} %."
+        f" {auto.config.cosine:g}, gets {auto.last().mean:.1f} % where {label} gets"
+        f" {base.last().mean:.1f} %; its training accuracy is"
+        f" {auto.training().mean:.1f} % where {label}'s is"
+        f" {base.training().mean:.1f} %."
     ]
   if milder := rows.get("auto-0.9"):
     sentences += [f"A target of {milder.config.cosine:g} gives"
                   f" {milder.last().mean:.1f} %, with {milder.training().mean:.1f} % in"
                   " training."]
+  if auto and name in ANGLES:
+    sentences += ["What tuning finds turns the gradient less: [where the auto radius"
+                  " costs accuracy](radius.md#what-it-reaches)."]
   if look := rows.get("looksam"):
     tried = [g for g in swept if g.config.name.startswith(f"{name}-looksam-sweep")]
     sentences += [f"LookSAM gets {look.last().mean:.1f} % at the best of"
