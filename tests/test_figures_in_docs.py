@@ -9,6 +9,7 @@ from benchmarks import compile_time
 from benchmarks import timing
 from examples import records
 from examples.frontier_methods import METHODS
+from examples.paper import angle
 from tests import pages
 
 RESULTS = pages.ROOT / "results"
@@ -165,12 +166,12 @@ def test_times_of_one_gradient():
       assert timing.show(row["time"][1]) in flat
 
 
-def few_images():
-  """The test accuracies of each row of that table, by name and radius."""
+def few_images(table="cifar10-few"):
+  """The test accuracies of each row of a table, by name and radius."""
   found = {}
-  for row in records.read(RESULTS / "paper/cifar10-few.jsonl"):
+  for row in records.read(RESULTS / f"paper/{table}.jsonl"):
     if not row["config"]["validation"]:
-      name = (row["name"].removeprefix("cifar10-few-"), row["config"]["rho"])
+      name = (row["name"].removeprefix(f"{table}-"), row["config"]["rho"])
       found.setdefault(name, []).append(100 * row["history"][-1]["accuracy"])
   return {key: values for key, values in found.items() if len(values) >= 3}
 
@@ -184,14 +185,26 @@ def test_what_methods_gain_on_few_images():
   assert words.format(*gains) in text("docs/which_method.md").replace("\n", " ")
 
 
+def shown_images(table):
+  """Mean and standard error of each row, by its name."""
+  return {
+      name: f"{statistics.mean(found):.1f} ± "
+      f"{statistics.stdev(found) / len(found) ** 0.5:.1f}"
+      for (name, _), found in few_images(table).items()
+  }
+
+
+def test_how_far_radii_turn_the_gradient():
+  rows = records.read(RESULTS / "paper/angle.jsonl")
+  assert angle.table(rows) in text("docs/radius.md")
+
+
 def test_where_the_auto_radius_costs_accuracy():
   """The page on the radius tells of it with the numbers of the results."""
   flat = text("docs/radius.md").replace("\n", " ")
-  shown = {
-      name: f"{statistics.mean(found):.1f} ± "
-      f"{statistics.stdev(found) / len(found) ** 0.5:.1f}"
-      for (name, _), found in few_images().items()
-  }
+  shown, wrong = map(shown_images, ("cifar10-few", "cifar10n-small"))
   sgd, asam, auto = (shown[name] for name in ("sgd", "asam", "auto"))
   assert f"{auto} % where SGD has {sgd} and ASAM with the tuned radius {asam} %" in flat
   assert f"A target of 0.9 gets to {shown['auto-0.9']} %" in flat
+  words = "{} % where SGD has {} and ASAM with the tuned radius {} %"
+  assert words.format(wrong["auto"], wrong["sgd"], wrong["asam"]) in flat
