@@ -137,7 +137,8 @@ def value_and_grad(
   place, wrt = _differentiated(argnums)
   _arguments.flag("has_aux", has_aux)
   checked = _arguments.real_valued("fun(...)", fun, has_aux)
-  passes = nnx.value_and_grad(checked, argnums=argnums, has_aux=has_aux)
+  own: Any = argnums if isinstance(argnums, nnx.DiffState) else place
+  passes = nnx.value_and_grad(checked, argnums=own, has_aux=has_aux)
   if m_sharpness is not None:
     m_sharpness = _groups.check(m_sharpness, accumulate, average_ascent)
     door = dataclasses.replace(door, axis_name=None)
