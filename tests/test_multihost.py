@@ -155,7 +155,7 @@ def test_options_of_the_guide_are_those_of_the_program(command):
   for kind, rest in re.findall(r"-m examples\.(multihost\w*)([^\n]*)", joined):
     given = [word.strip("\"'") for word in rest.split()]
     module = {"multihost": multihost, "multihost_kill": multihost_kill}[kind]
-    module.parse(["0" if word == "$process" else word for word in given])
+    module.parser().parse_args(["0" if word == "$process" else word for word in given])
 
 
 def test_the_guide_has_commands():
