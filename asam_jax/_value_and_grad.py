@@ -17,6 +17,7 @@ from asam_jax import _groups
 from asam_jax import _mesh
 from asam_jax import _microbatched
 from asam_jax import _two_passes
+from asam_jax._door import Accumulate
 from asam_jax._geometry import LeafSelection
 from asam_jax._geometry import Normalization
 
@@ -34,7 +35,7 @@ def value_and_grad(
     perturb: LeafSelection | None = None,
     param_specs: Any = None,
     ascent: optax.GradientTransformation | None = None,
-    accumulate: _door.Accumulate = None,
+    accumulate: Accumulate = None,
     axis_name: Any = None,
     average_ascent: bool = False,
     m_sharpness: int | None = None,
