@@ -59,6 +59,9 @@ METHODS: dict[str, Style] = {
     "stable": Style("StableSAM", "#4B8B3B", "p"),
     "functional": Style("Functional SAM", "#1B7F9E", "D"),
     "iterated": Style("2 ascent steps", "#6A3D9A", "X"),
+    "m_sharpness": Style("m-sharpness", "#B15928", "^"),
+    "rise": Style("rise of the loss", "#5E7FB1", "v"),
+    "loss_budget": Style("LE-SAM", "#B8860B", "p"),
 }
 
 # Runs by their radius, told apart by lightness too.

@@ -1,10 +1,13 @@
-"""Settings that must be made before JAX starts."""
+"""Settings that must be made before JAX starts, and what many tests share."""
 
+import contextlib
 import gc
 import os
 import subprocess
 import sys
 import zlib
+
+import pytest
 
 # For the multi-device tests.
 DEVICES = "--xla_force_host_platform_device_count=8"
@@ -72,3 +75,20 @@ def pytest_collection_modifyitems(config, items):
   if left_out:
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item.nodeid in kept]
+
+
+@pytest.fixture
+def drawings(monkeypatch):
+  """The figures that a test draws, which are closed by then but can be read."""
+  from examples import style  # which needs an extra
+
+  kept, picture = [], style.picture
+
+  @contextlib.contextmanager
+  def keep(*args, **options):
+    with picture(*args, **options) as (figure, axes):
+      kept.append(figure)
+      yield figure, axes
+
+  monkeypatch.setattr(style, "picture", keep)
+  return kept

@@ -14,8 +14,10 @@ _AT_LEAST = {
     "examples": 0, "validation": 0, "crop": 0, "cutout": 0, "epochs": 1,
     "batch_size": 1, "eval_every": 1, "warmup": 0, "every": 1, "vocabulary": 100,
     "longest": 1, "subwords": 1, "beam": 1,
+    "m": 1, "ascent_steps": 1,
     "seed": 0, "momentum": 0, "beta2": 0, "weight_decay": 0, "clip": 0, "rho": 0,
-    "eta": 0, "p": 1, "reuse": 0, "last": 0, "noise": 0, "dropout": 0,
+    "eta": 0, "p": 1, "reuse": 0, "rise": 0, "budget": 0, "weight": 0,
+    "last": 0, "noise": 0, "dropout": 0,
     "label_smoothing": 0, "learning_rate": 0, "length_penalty": 0,
 }
 _BELOW_ONE = ("momentum", "beta2", "dropout", "label_smoothing")

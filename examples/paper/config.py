@@ -92,6 +92,17 @@ class Config:
   """Radius of the perturbation."""
   cosine: float = 0.8
   """auto: the cosine of the two gradients that the radius is set to hold."""
+  rise: float = 0.17
+  """rise: how much the radius is set to raise the square root of the loss."""
+  budget: float = 0.1
+  """loss_budget: how much the radius is set to raise the loss, to first order; rho is
+  its limit."""
+  m: int = 32
+  """m_sharpness: images that share one perturbation."""
+  ascent_steps: int = 2
+  """iterated: gradients on the way to the perturbed parameters."""
+  weight: float = 0.5
+  """weighted: of the perturbed gradient, the clean one having the rest."""
   eta: float = 0.01
   """Stabilizer, added to T_w."""
   p: float = 2.0

@@ -24,6 +24,10 @@ _LABELS = {
     "gsam": "GSAM (T_w)",
     "vasso": "VaSSO (T_w)",
     "friendly_sam": "Friendly SAM (T_w)",
+    "stable": "StableSAM (T_w)",
+    "functional": "Functional SAM (T_w)",
+    "rise": "ASAM, radius by the loss's rise",
+    "loss_budget": "LE-SAM (T_w)",
 }
 BASES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 
@@ -171,6 +175,12 @@ def label(config: Config, least_epochs: int | None = None) -> str:
       name += f", {config.reuse:g} reused"
   elif method == "late":
     name = f"ASAM in the last {config.last:.0%}".replace("%", " %")
+  elif method == "iterated":
+    name = f"ASAM with {config.ascent_steps} ascent steps"
+  elif method == "weighted":
+    name = f"weighted mean (T_w), {config.weight:g}"
+  elif method == "m_sharpness":
+    name = f"ASAM, m = {config.m}"
   else:
     name = _LABELS[method]
   if method == "auto" and config.cosine != Config.cosine:

@@ -130,10 +130,11 @@ class ImageTask:
   def prepare(self, data, batch, key):
     return self._augment(key, data.images[batch]), data.labels[batch]
 
-  def loss(self, params, variables, inputs, key):
-    return classification_loss(
-        self.network, params, variables, inputs, key, self.config.label_smoothing
-    )
+  def forward(self, params, variables, inputs, key):
+    return forward(self.network, params, variables, inputs[0], key)
+
+  def loss(self, logits, inputs):
+    return classification_loss(logits, inputs[1], self.config.label_smoothing)
 
   def evaluate(self, params, variables, last):
     del last
@@ -183,9 +184,8 @@ def build(config: Config, classes: int) -> Any:
     raise ConfigError(f"model={config.model!r}: {error}") from error
 
 
-def classification_loss(network, params, variables, inputs, key, smoothing):
-  """Cross-entropy with smoothed labels, and the new batch statistics."""
-  images, labels = inputs
+def forward(network, params, variables, images, key):
+  """(float32 logits in training mode, the new batch statistics)."""
   logits, variables = network.apply(
       {"params": params, **variables},
       images,
@@ -193,12 +193,16 @@ def classification_loss(network, params, variables, inputs, key, smoothing):
       rngs={"dropout": key, "shakedrop": jax.random.fold_in(key, 1)},
       mutable=list(variables),
   )
-  logits = logits.astype(jnp.float32)
+  return logits.astype(jnp.float32), variables
+
+
+def classification_loss(logits, labels, smoothing):
+  """Cross-entropy with smoothed labels, and the sums."""
   targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
   loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
   correct = jnp.sum(jnp.argmax(logits, -1) == labels)
   count = jnp.asarray(labels.size, jnp.int32)
-  return loss, (variables, tasks.Sums(loss * count, correct, count))
+  return loss, tasks.Sums(loss * count, correct, count)
 
 
 def judged_batches(split: image_data.Split, size: int) -> list[Any]:

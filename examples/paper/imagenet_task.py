@@ -74,9 +74,12 @@ class ImageNetTask:
     images, labels = batch
     return self._normalize(images), labels
 
-  def loss(self, params, variables, inputs, key):
+  def forward(self, params, variables, inputs, key):
+    return image_task.forward(self.network, params, variables, inputs[0], key)
+
+  def loss(self, logits, inputs):
     return image_task.classification_loss(
-        self.network, params, variables, inputs, key, self.config.label_smoothing
+        logits, inputs[1], self.config.label_smoothing
     )
 
   def evaluate(self, params, variables, last):

@@ -13,6 +13,7 @@ from examples.paper import checkpoints
 from examples.paper import checks
 from examples.paper import clock as clocks
 from examples.paper import logs
+from examples.paper import methods
 from examples.paper import optimizers
 from examples.paper import programs
 from examples.paper import results
@@ -41,7 +42,7 @@ class TrainState(NamedTuple):
   sums: tasks.Sums
 
 
-def initial_state(task: tasks.Task, recipe: optimizers.Recipe, seed: int) -> TrainState:
+def initial_state(task: tasks.Task, recipe: methods.Recipe, seed: int) -> TrainState:
   """The state before the first step."""
   params, variables = task.init(jax.random.key(seed))
   return TrainState(
@@ -55,7 +56,7 @@ def initial_state(task: tasks.Task, recipe: optimizers.Recipe, seed: int) -> Tra
 
 def train_step(
     task: tasks.Task,
-    recipe: optimizers.Recipe,
+    recipe: methods.Recipe,
     ascend: bool | None,
     state: TrainState,
     data: Any,
@@ -71,17 +72,25 @@ def train_step(
   augment_key, dropout_key = jax.random.split(key)
   inputs = task.prepare(data, batch, augment_key)
 
-  def loss(params):
-    return task.loss(params, state.variables, inputs, dropout_key)
+  def model(params, inputs):
+    logits, variables = task.forward(params, state.variables, inputs, dropout_key)
+    return logits, (variables, task.loss(logits, inputs)[1])
 
-  def grad_fn(params):
-    return jax.grad(loss, has_aux=True)(params)[0]
+  def loss(logits, inputs):
+    return task.loss(logits, inputs)[0]
 
-  grads, (variables, sums) = jax.grad(loss, has_aux=True)(state.params)
-  extra = {} if ascend is None else {"ascend": ascend}
-  updates, opt_state = recipe.tx.update(
-      grads, state.opt_state, state.params, grad_fn=grad_fn, **extra
-  )
+  def value_fn(params):
+    return loss(model(params, inputs)[0], inputs)
+
+  value_and_grad = recipe.door(model, loss)
+  (value, (variables, sums)), grads = value_and_grad(state.params, inputs)
+  extra: dict[str, Any] = {} if ascend is None else {"ascend": ascend}
+  if recipe.losses:
+    extra |= {"value": value, "value_fn": value_fn}
+  else:
+    extra["grad_fn"] = jax.grad(value_fn)
+  updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params, **extra)
+  sums = sums._replace(loss=value * sums.total)  # groups of m-sharpness have means
   return TrainState(
       state.step + 1,
       optax.apply_updates(state.params, updates),
@@ -91,7 +100,7 @@ def train_step(
   )
 
 
-def clean_params(recipe: optimizers.Recipe, state: TrainState) -> Any:
+def clean_params(recipe: methods.Recipe, state: TrainState) -> Any:
   """The parameters to judge."""
   if recipe.carried:
     return asam_jax.eval_params(state.opt_state)

@@ -123,11 +123,17 @@ def like(config: Config, other: Config) -> list[Entry]:
   ]
 
 
-def translation() -> list[Entry]:
-  """Adam for as many epochs as the others, as in the paper."""
-  adam = basic(TRANSLATION, "adam", sam=(0.1, 0.2), asam=(0.2, 0.4), share=0.5)
-  return [*adam[:2], auto(TRANSLATION), adam[2]]
+def with_auto(config: Config, *args: Any, **kwargs: Any) -> list[Entry]:
+  """As ``basic``, with the auto radius before SAM."""
+  plain, asam, sam = basic(config, *args, **kwargs)
+  return [plain, asam, auto(config), sam]
 
+
+VIT_ROWS = with_auto(VIT, "adamw")
+# Adam for as many epochs as the others, as in the paper.
+TRANSLATION_ROWS = with_auto(
+    TRANSLATION, "adam", sam=(0.1, 0.2), asam=(0.2, 0.4), share=0.5
+)
 
 PLAN: tuple[Entry, ...] = (
     *basic(FEW),
@@ -137,10 +143,11 @@ PLAN: tuple[Entry, ...] = (
     auto_milder(FEW),
     *basic(WORSE),
     auto(WORSE),
+    *VIT_ROWS[:3],
+    *TRANSLATION_ROWS[:3],
+    VIT_ROWS[3],
+    TRANSLATION_ROWS[3],
     auto_milder(WORSE),
-    *basic(VIT, "adamw"),
-    auto(VIT),
-    *translation(),
     *like(CIFAR100, FEW),
     *like(NOISY, WORSE),
     # Whether it is the reused direction that holds LookSAM back.

@@ -68,10 +68,14 @@ class Task(Protocol):
     """The inputs that both passes share; inside jit."""
     ...
 
-  def loss(
+  def forward(
       self, params: Any, variables: Any, inputs: Any, key: jax.Array
-  ) -> tuple[jax.Array, tuple[Any, Sums]]:
-    """(the loss, (the new variables, sums)); inside jit."""
+  ) -> tuple[jax.Array, Any]:
+    """(logits, the new variables) in training mode; inside jit."""
+    ...
+
+  def loss(self, logits: jax.Array, inputs: Any) -> tuple[jax.Array, Sums]:
+    """(the mean loss, sums); inside jit."""
     ...
 
   def evaluate(self, params: Any, variables: Any, last: bool) -> dict[str, float]:

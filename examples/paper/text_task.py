@@ -112,11 +112,12 @@ class TextTask:
     del data, key
     return batch
 
-  def loss(self, params, variables, inputs, key):
-    logits = self._logits(params, inputs, train=True, rngs={"dropout": key})
-    smoothing = self.config.label_smoothing
-    sums = _sums(logits, inputs, smoothing)
-    return sums.loss / jnp.maximum(sums.total, 1), (variables, sums)
+  def forward(self, params, variables, inputs, key):
+    return self._logits(params, inputs, train=True, rngs={"dropout": key}), variables
+
+  def loss(self, logits, inputs):
+    sums = _sums(logits, inputs, self.config.label_smoothing)
+    return sums.loss / jnp.maximum(sums.total, 1), sums
 
   def evaluate(self, params, variables, last):
     del variables

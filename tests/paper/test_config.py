@@ -14,8 +14,10 @@ from examples.paper import cli
 from examples.paper import configs
 from examples.paper import image_task
 from examples.paper import loop
+from examples.paper import methods
 from examples.paper import optimizers
 from examples.paper import small
+from examples.paper import text_task
 from examples.paper.config import as_json
 from examples.paper.config import Config
 from examples.paper.config import ConfigError
@@ -25,62 +27,68 @@ from examples.paper.config import Options
 
 replace = dataclasses.replace
 SMALL = [entry.config for entry in small.PLAN]
-IMAGES = [
-    config for config in (*configs.NAMED.values(), *SMALL)
-    if config.dataset.startswith("cifar")
-]
+ROWS = [*configs.NAMED.values(), *SMALL]
+CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 
 
-class Shapes(image_task.ImageTask):
+class ImageShapes(image_task.ImageTask):
   """The task of a configuration as far as shapes go; nothing is loaded."""
 
   def __init__(self, config):
-    self.config = config
-    self.classes = 100 if config.dataset == "cifar100" else 10
-    self.network = image_task.build(config, self.classes)
-    self.data = (
-        jax.ShapeDtypeStruct((50_000, 32, 32, 3), jnp.uint8),
-        jax.ShapeDtypeStruct((50_000,), jnp.int32),
-    )
-    self.steps, self.size = 50_000 // config.batch_size, 50_000
+    self.config, self.steps = config, 100
+    self.network = image_task.build(config, CLASSES[config.dataset])
     # Both passes share one trace: the deep networks take long to trace.
-    self._loss = jax.jit(super().loss)
+    self._forward = jax.jit(super().forward)
+    side = 224 if config.dataset == "imagenet" else 32
+    self.batch = (
+        jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.float32),
+        jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+    )
 
   def init(self, key):
-    image = jnp.zeros((1, 32, 32, 3))
+    image = jnp.zeros((1, *self.batch[0].shape[1:]))
     variables = self.network.init(key, image, train=False)
-    params = variables.pop("params")
-    return params, variables
+    return variables.pop("params"), variables
 
-  def loss(self, params, variables, inputs, key):
-    return self._loss(params, variables, inputs, key)
+  def forward(self, params, variables, inputs, key):
+    return self._forward(params, variables, inputs, key)
 
   def prepare(self, data, batch, key):
-    del key
-    return data[0][batch] / 255, data[1][batch]
+    del data, key
+    return batch
+
+
+class TextShapes(text_task.TextTask):
+  """Likewise; sentences of 32 pieces."""
+
+  def __init__(self, config):
+    self.config, self.steps, self.lengths = config, 10_000, [32]
+    self.network = image_task.build(config, config.vocabulary)
+    rows = (config.subwords // 32,)
+    words = jax.ShapeDtypeStruct((*rows, 32), jnp.int32)
+    self.batch = (words, words, words, jax.ShapeDtypeStruct(rows, jnp.float32))
 
 
 def shapes_of_a_step(config):
-  task = Shapes(config)
+  task = (TextShapes if config.dataset == "parallel" else ImageShapes)(config)
   recipe = optimizers.make(config, config.epochs * task.steps)
 
-  def step(data, batch):
+  def step(batch):
     state = loop.initial_state(task, recipe, config.seed)
     ascend = None if recipe.ascend is None else True
     return state, loop.train_step(
-        task, recipe, ascend, state, data, batch, jnp.uint32(0)
+        task, recipe, ascend, state, (), batch, jnp.uint32(0)
     )
 
-  batch = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
-  return jax.eval_shape(step, task.data, batch)
+  return jax.eval_shape(step, task.batch)
 
 
 def steps_to_trace():
   """A row for each network, and for each kind of step with the smallest network."""
   # The radii of the small plan are not known yet.
   rows = [
-      replace(config, rho=0.0 if config.method in optimizers.WITHOUT_RADIUS else 1.0)
-      for config in IMAGES
+      replace(config, rho=0.0 if config.method in methods.WITHOUT_RADIUS else 1.0)
+      for config in ROWS
   ]
   chosen = {config.model: config for config in rows if config.method == "asam"}
   for config in rows:
@@ -203,13 +211,15 @@ def test_unknown_configuration_gets_close_names():
 
 def test_optimizers_are_found_by_name_and_take_their_steps():
   params = {"w": jnp.array([1.0, -2.0]), "bias": jnp.array(0.5)}
-  grad_fn = jax.grad(lambda p: jnp.sum(p["w"] ** 2) + p["bias"] ** 2)
-  for method in optimizers.METHODS:
-    rho = 0.0 if method in optimizers.WITHOUT_RADIUS else 0.1
+  value_fn = lambda p: jnp.sum(p["w"] ** 2) + p["bias"] ** 2  # noqa: E731
+  grad_fn = jax.grad(value_fn)
+  for method in methods.METHODS:
+    rho = 0.0 if method in methods.WITHOUT_RADIUS else 0.1
     recipe = optimizers.make(replace(configs.FAKE, method=method, rho=rho), 10)
     state = recipe.tx.init(params)
     extra = {} if recipe.ascend is None else {"ascend": True}
-    update = functools.partial(recipe.tx.update, grad_fn=grad_fn, **extra)
+    extra |= {"value": value_fn(params)} if recipe.losses else {}
+    update = functools.partial(recipe.tx.update, value_fn=value_fn, **extra)
     updates, _ = update(grad_fn(params), state, params)
     expected_sign = jax.tree.map(lambda w: -jnp.sign(w), params)
     if not recipe.carried:

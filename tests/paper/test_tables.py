@@ -1,6 +1,5 @@
 """Tables say what the records say, and the pictures are there."""
 
-import contextlib
 import dataclasses
 import math
 import re
@@ -13,6 +12,7 @@ from examples.paper import comparison
 from examples.paper import configs
 from examples.paper import figures
 from examples.paper import groups
+from examples.paper import methods
 from examples.paper import models
 from examples.paper import page
 from examples.paper import pictures
@@ -65,6 +65,13 @@ def test_a_table_has_accuracy_and_cost_in_the_same_row():
   assert "the validation score after 2 epochs: ASAM 0.5: 68.00, 1: 66.00." in text
   assert "a test's machine; jax 1.2.3; 2026-01-02." in text
   assert "1,000 training images" in text
+
+
+def test_every_method_has_a_name_and_a_look():
+  configs_of = [replace(ASAM, method=method) for method in methods.METHODS]
+  names = [groups.label(config) for config in configs_of]
+  looks = [style.of(groups.style_of(config)) for config in configs_of]
+  assert len(set(names)) == len(set(looks)) == len(names)
 
 
 def test_rows_stand_in_the_order_of_the_plan_and_the_missing_are_named():
@@ -295,22 +302,7 @@ def test_figure_3_s_text_says_how_far_the_paths_creep():
   assert f"{figures.creep('asam', figures.STARTS['right']):.3f}." in text
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-  """The figures that are drawn."""
-  kept, picture = [], style.picture
-
-  @contextlib.contextmanager
-  def keep(*args, **options):
-    with picture(*args, **options) as (figure, axes):
-      kept.append(figure)
-      yield figure, axes
-
-  monkeypatch.setattr(style, "picture", keep)
-  return kept
-
-
-def test_methods_of_one_cost_stand_apart_and_the_worst_beneath(drawn, tmp_path):
+def test_methods_of_one_cost_stand_apart_and_the_worst_beneath(drawings, tmp_path):
   late = replace(ASAM, method="late", name="late")
   worst = replace(ASAM, method="looksam", name="looksam")
   records = [
@@ -319,7 +311,7 @@ def test_methods_of_one_cost_stand_apart_and_the_worst_beneath(drawn, tmp_path):
       *runs(late, 0.70, 0.72), *runs(worst, 0.30, 0.32),
   ]
   pictures.draw_methods(groups.group(records), tmp_path / "x.png")
-  (figure,) = drawn
+  (figure,) = drawings
   curves, costs = figure.axes
   assert [text.get_text() for text in costs.texts] == ["↓ 31.00 ± 1.00"]
   assert costs.get_ylim()[0] > 60
@@ -333,14 +325,14 @@ def test_methods_of_one_cost_stand_apart_and_the_worst_beneath(drawn, tmp_path):
   assert (tmp_path / "x.png").stat().st_size < 300_000
 
 
-def test_noise_is_drawn_as_a_curve_for_each_method(drawn, tmp_path):
+def test_noise_is_drawn_as_a_curve_for_each_method(drawings, tmp_path):
   records = [
       one for config in configs.label_noise()
       for one in runs(config, 0.9 - config.noise / 2, 0.9)
   ]
   paths = pictures.draw_all(records, tmp_path)
   assert paths["noise"] == tmp_path / "noise.png"
-  scores, gains = drawn[0].axes
+  scores, gains = drawings[0].axes
   labels = [bar.get_label() for bar in scores.containers]
   assert labels == ["SGD, published", "SGD", "SAM, published", "SAM",
                     "ASAM, published", "ASAM"]

@@ -16,6 +16,7 @@ import asam_jax
 from examples.paper import clock
 from examples.paper import image_task
 from examples.paper import loop
+from examples.paper import methods
 from examples.paper import optimizers
 from examples.paper import programs
 from examples.paper import train
@@ -83,6 +84,39 @@ def test_first_step_is_the_formula(method, tmp_path):
   chex.assert_trees_all_close(after.variables, variables, rtol=1e-5, atol=1e-6)
   assert int(after.sums.total) == 16
   np.testing.assert_allclose(after.sums.loss / 16, value, rtol=1e-5)
+
+
+def test_one_group_of_m_sharpness_is_the_whole_batch(tmp_path):
+  asam = replace(CONFIG, method="asam", rho=0.5)
+  expected, found = (
+      first_step(config, tmp_path)[2]._replace(opt_state=None)
+      for config in (asam, replace(asam, method="m_sharpness", m=16))
+  )
+  chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["functional", "m_sharpness", "rise", "iterated"])
+def test_methods_with_a_door_or_losses_of_their_own(method, tmp_path):
+  rho = 0.0 if method in methods.WITHOUT_RADIUS else 0.5
+  config = replace(CONFIG, method=method, rho=rho, m=8)
+  task, before, after, batch = first_step(config, tmp_path)
+  (loss, _), g = jax.value_and_grad(
+      hand_written_loss(task, config, before, batch), has_aux=True
+  )(before.params)
+  assert int(after.sums.total) == 16
+  if method != "m_sharpness":  # whose groups have their own batch statistics
+    np.testing.assert_allclose(after.sums.loss / 16, loss, rtol=1e-5)
+  plain = jax.tree.map(lambda w, g: w - 0.1 * (g + 5e-4 * w), before.params, g)
+  moved, other = (
+      optax.tree_utils.tree_sub(x, before.params) for x in (after.params, plain)
+  )
+  apart = optax.tree_utils.tree_norm(optax.tree_utils.tree_sub(moved, other))
+  share = apart / optax.tree_utils.tree_norm(other)
+  if method == "rise":  # a rule takes its first radius from the first step
+    assert share < 1e-5
+    assert optax.tree_utils.tree_get(after.opt_state, "rho") > 0
+  else:
+    assert 1e-3 < share < 1
 
 
 def test_steps_differ_by_seed_and_epoch_only(tmp_path):
