@@ -164,14 +164,14 @@ def plot(found: Sequence[Result], path: pathlib.Path) -> None:
         task = f"{NAMES.get(network, network)}, {labels}"
         axis.set_title("auto_radius" if auto else task)
         if not column:
-          axis.set_ylabel("test accuracy in %")
+          axis.set_ylabel("test accuracy (%)")
     handles = {}
     for axis in axes.flat:
       handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles, loc="outside upper center",
-                  ncol=len(handles))
-    style.explain(figure, style.bars_mean(found[0].runs) + " Radii that fall out of a"
-                  " panel are far below the plain optimizer.")
+                  ncol=3)
+    style.explain(figure, style.bars_mean(found[0].runs) + " Points that are"
+                  " missing lie below the panel.")
 
 
 def _panel(axis: Any, here: Sequence[Result], auto: bool) -> None:
@@ -181,10 +181,11 @@ def _panel(axis: Any, here: Sequence[Result], auto: bool) -> None:
     xs = one.targets if auto else np.array(one.radii) / one.radii[3]
     mean, error = np.array(one.auto if auto else one.fixed).T
     axis.errorbar(xs, mean, error, color=color, marker=marker, markersize=4, capsize=2,
-                  elinewidth=1, label=f"{one.cell[2]}, p = {NORMS[one.cell[3]]}")
+                  elinewidth=1, label=f"{one.cell[2]}, p = {NORMS[one.cell[3]]}"
+                  f" (middle of the sweep: ρ = {one.radii[3]:g})")
   axis.axhline(here[0].plain[0], color="0.4", linestyle="--", linewidth=1,
                label="plain optimizer")
-  axis.set_xlabel("target of the cosine" if auto else "radius / middle of its sweep")
+  axis.set_xlabel("target of the cosine" if auto else "ρ / middle of its sweep")
   if not auto:
     axis.set_xscale("log", base=2)
   low = min(here[0].plain[0], *(m for one in here for m, _ in one.auto))

@@ -93,6 +93,15 @@ class Mutant(NamedTuple):
     """What names it in ``equivalent.json``, however lines move."""
     return f"{self.file}, in {self.around!r}: {self.before} -> {self.after}"
 
+  @property
+  def place(self) -> tuple[str, int]:
+    """What tells it from all others of one state of the package, or nearly so."""
+    return self.name, self.line
+
+
+# What is known of mutants, by their places.
+Records = dict[tuple[str, int], dict[str, Any]]
+
 
 def replacement(node: ast.AST) -> str | None:
   """The faulty spelling of one node."""
@@ -198,16 +207,12 @@ def summary_of(records: list[dict[str, object]]) -> dict[str, object]:
   }
 
 
-def unseen(
-    everything: list[Mutant], report: Path
-) -> tuple[list[Mutant], list[dict[str, object]]]:
-  """Mutants that no failing test of the last report has seen, and the other records."""
-  records = [json.loads(line) for line in report.read_text().splitlines()]
+def unseen(everything: list[Mutant], records: Records) -> list[Mutant]:
+  """Mutants that no failing test of the last report has seen."""
   was_seen = lambda record: (record["seen_by"] or "").startswith("FAILED")  # noqa: E731
-  names = [record["mutant"] for record in records if not was_seen(record)]
-  found = {mutant.name: mutant for mutant in everything}
-  again = [found[name] for name in dict.fromkeys(names) if name in found]
-  return again, [record for record in records if was_seen(record)]
+  found = {mutant.place: mutant for mutant in everything}
+  return [found[place] for place, record in records.items()
+          if place in found and not was_seen(record)]
 
 
 def main() -> None:
@@ -223,11 +228,14 @@ def main() -> None:
   args.out.mkdir(parents=True, exist_ok=True)
   everything = [m for name in TESTS for m in mutants_of(ROOT / f"asam_jax/{name}.py")]
   chosen = random.Random(args.seed).sample(everything, args.sample)
-  records: list[dict[str, object]] = []
+  records: Records = {}
   drawn = {"seed": args.seed, "sample": args.sample, "mutants": len(everything),
            "drawn": datetime.date.today().isoformat()}
   if args.again:
-    chosen, records = unseen(everything, args.out / "report.jsonl")
+    lines = (args.out / "report.jsonl").read_text().splitlines()
+    of = [json.loads(line) for line in lines]
+    records = {(record["mutant"], record["line"]): record for record in of}
+    chosen = unseen(everything, records)
     before = json.loads((args.out / "summary.json").read_text())
     drawn = {key: before[key] for key in drawn}
   known_file = args.out / "equivalent.json"
@@ -242,11 +250,11 @@ def main() -> None:
       record = outcome(mutant, copy, args.limit)
       if record["outcome"] == "survived" and mutant.name in known:
         record |= {"outcome": "equivalent", "reason": known[mutant.name]}
-      records.append(record)
+      records[mutant.place] = record
       print(record["outcome"], mutant.name, f"(line {mutant.line})", flush=True)
-      lines = [json.dumps(record) + "\n" for record in records]
+      lines = [json.dumps(record) + "\n" for record in records.values()]
       (args.out / "report.jsonl").write_text("".join(lines))
-      summary = summary_of(records) | drawn
+      summary = summary_of(list(records.values())) | drawn
       (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
