@@ -84,7 +84,7 @@ class Bare:
     self.steps, self.stackable, self.size = task.steps, task.stackable, task.size
     first = task.batches(0)[0]
     self.data = jax.jit(task.prepare)(task.data, first, jax.random.key(0))
-    self.init, self.loss = task.init, task.loss
+    self.init, self.forward, self.loss = task.init, task.forward, task.loss
 
   def batches(self, epoch: int, done: int = 0) -> Any:
     return self._task.batches(epoch, done)
@@ -129,8 +129,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   made = rows(timing.interleaved(cases, arguments.rounds), arguments)
   for row in made:
     low, middle, high = row["milliseconds"]
-    print(f"{row['case']:16} {middle:8.1f} ms [{low:.1f}, {high:.1f}],"
-          f" {row['to_bare'][1]:.3f} of bare")
+    line = f"{row['case']:16} {middle:8.1f} ms [{low:.1f}, {high:.1f}]"
+    for kind in ("bare", "synthetic"):
+      if f"to_{kind}" in row:
+        line += f", {timing.show(row[f'to_{kind}'], 3)} of {kind}"
+    print(line)
   records.write(arguments.output, made)
 
 

@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 from flax import linen as nn
+import jax
 import jax.numpy as jnp
 
 from examples.paper.models import convolution
@@ -77,7 +78,7 @@ def build(
     classes: int,
     *,
     dtype: Any = jnp.float32,
-    conv: str = "lax",
+    conv: str | Callable[..., jax.Array] = "lax",
     **options: Any,
 ) -> nn.Module:
   """The network of this name, as a Flax module ``(x, train) -> logits``.
@@ -90,7 +91,8 @@ def build(
     dtype: of the computation, ``jnp.bfloat16`` for instance; parameters, batch
       statistics and logits are float32.
     conv: what computes the convolutions: "lax" is XLA's own; "shifts" is faster for 3x3
-      kernels on one CPU and has no forward-mode derivative.
+      kernels on one CPU and has no forward-mode derivative. Or a function that
+      ``nn.Conv`` takes as its ``conv_general_dilated``.
     **options: what the network has of its own: ``dropout`` (Wide ResNets, ViTs,
       transformers), ``stem`` (densenet121: "cifar" or "imagenet"), ``shake_drop``
       (pyramidnet272: the last block's probability), ``depth``, ``width``, ``heads``
@@ -112,10 +114,11 @@ def build(
     raise ValueError(f"name={name!r}: no such network; there are {', '.join(NAMES)}.")
   if classes < 2:
     raise ValueError(f"classes={classes}: must be at least 2.")
-  if conv not in _CONVOLUTIONS:
+  convolve = _CONVOLUTIONS.get(conv) if isinstance(conv, str) else conv
+  if isinstance(conv, str) and conv not in _CONVOLUTIONS:
     raise ValueError(f"conv={conv!r}: must be one of {', '.join(_CONVOLUTIONS)}.")
   try:
-    make = layers.Layers(dtype, _CONVOLUTIONS[conv])
+    make = layers.Layers(dtype, convolve)
     return _BUILDERS[name](classes, make, **options)
   except TypeError as error:
     raise ValueError(f"options {options} of {name}: {error}") from error
