@@ -1,18 +1,13 @@
 """Clocks for things that are compared: interleaved, with quartiles."""
 
 from collections.abc import Callable, Mapping
-import datetime
-import importlib.metadata
-import os
-import pathlib
-import platform
 import time
 from typing import Any
 
 import jax
 import numpy as np
 
-import asam_jax
+from examples import records
 
 
 def seconds(run: Callable[[], Any], calls: int = 1) -> float:
@@ -79,24 +74,10 @@ def compiled_cost(compiled: Any, calls: int = 1) -> dict[str, float]:
 
 def environment() -> dict[str, Any]:
   """What the numbers depend on: date, versions, processor."""
-  names = ("jax", "jaxlib", "optax", "flax", "numpy")
   return {
-      "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-      "python": platform.python_version(),
-      "asam_jax": asam_jax.__version__,  # may be run from a clone, not installed
-      **{name: importlib.metadata.version(name) for name in names},
+      "date": records.today(),
+      **records.versions(("jax", "jaxlib", "optax", "flax", "numpy")),
       "device": jax.devices()[0].device_kind,
-      "cpu": _cpu_model(),
-      "cores": len(os.sched_getaffinity(0))
-      if hasattr(os, "sched_getaffinity")
-      else os.cpu_count(),
+      "cpu": records.processor(),
+      "cores": records.cores(),
   }
-
-
-def _cpu_model() -> str:
-  info = pathlib.Path("/proc/cpuinfo")
-  if info.exists():
-    for line in info.read_text().splitlines():
-      if line.startswith("model name"):
-        return line.split(":", 1)[1].strip()
-  return platform.processor() or platform.machine()

@@ -12,7 +12,7 @@ was there before or what is there now, never a part of it. Two processes that ap
 to one file would lose each other's rows; give each its own file.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 import contextlib
 import datetime
 import importlib.metadata
@@ -93,7 +93,38 @@ def replace(path: pathlib.Path, content: str | bytes) -> None:
     raise
 
 
-def environment(packages: Sequence[str] = ("jax", "optax")) -> Row:
+def today() -> str:
+  """The date, in UTC."""
+  return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+  """Of these installed distributions, of Python and of the library."""
+  return {
+      "asam_jax": asam_jax.__version__,  # may be run from a clone, not installed
+      "python": platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in packages},
+  }
+
+
+def processor() -> str:
+  """The processor's name, as far as the system tells."""
+  info = pathlib.Path("/proc/cpuinfo")
+  if info.exists():
+    for line in info.read_text(encoding="utf-8").splitlines():
+      if line.startswith("model name"):
+        return line.split(":", 1)[1].strip()
+  return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+  """The cores that this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def environment(packages: Iterable[str] = ("jax", "optax")) -> Row:
   """Where, when and with what numbers were made.
 
   Args:
@@ -102,15 +133,10 @@ def environment(packages: Sequence[str] = ("jax", "optax")) -> Row:
   Returns:
     The fields ``date``, ``device``, ``cores``, ``machine`` and ``versions``.
   """
-  versions = {name: importlib.metadata.version(name) for name in packages}
   return {
-      "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+      "date": today(),
       "device": jax.devices()[0].device_kind,
-      "cores": os.cpu_count(),
-      "machine": platform.machine(),
-      "versions": {
-          "asam_jax": asam_jax.__version__,  # may be run from a clone, not installed
-          "python": platform.python_version(),
-          **versions,
-      },
+      "cores": cores(),
+      "machine": processor(),
+      "versions": versions(packages),
   }

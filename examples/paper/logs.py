@@ -1,12 +1,9 @@
 """The log of a run: JSON lines, a progress bar, and TensorBoard on request."""
 
-import datetime
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
-import platform
 import shlex
 import sys
 import time
@@ -51,30 +48,8 @@ def hardware() -> str:
   device = jax.devices()[0]
   if device.platform != "cpu":
     return f"{device.device_kind}"
-  model = platform.processor() or platform.machine()
-  cpuinfo = pathlib.Path("/proc/cpuinfo")
-  if cpuinfo.exists():
-    names = [line.split(":", 1)[1].strip() for line in
-             cpuinfo.read_text(encoding="utf-8").splitlines()
-             if line.startswith("model name")]
-    model = names[0] if names else model
-  cores = _cores()
-  return f"{model}, {cores} core{'s' if cores > 1 else ''}"
-
-
-def _cores() -> int:
-  """The cores that this process may use."""
-  if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
-
-
-def versions() -> dict[str, str]:
-  import asam_jax
-
-  found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-  return {"asam_jax": asam_jax.__version__, "python": platform.python_version(),
-          **found}
+  count = records.cores()
+  return f"{records.processor()}, {count} core{'s' if count > 1 else ''}"
 
 
 def heading(config: Config) -> dict[str, Any]:
@@ -84,10 +59,10 @@ def heading(config: Config) -> dict[str, Any]:
       "name": config.name,
       "table": config.table,
       "config": as_json(config),
-      "versions": versions(),
+      "versions": records.versions(_PACKAGES),
       "hardware": hardware(),
       "xla_flags": os.environ.get("XLA_FLAGS", ""),
-      "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+      "date": records.today(),
       "command": command(),
   }
 
