@@ -60,6 +60,19 @@ def test_zero_gradient_gives_zero(p, operator):
 
 
 @pytest.mark.parametrize("p", EXPONENTS)
+def test_a_zero_gradient_has_zero_derivatives(p):
+  params, grads = random_tree(6)
+  zeros = jax.tree.map(jnp.zeros_like, grads)
+  tx = asam_jax.ascent(0.5, p=p)
+  epsilon_of = lambda g, w: tx.update(g, tx.init(w), w)[0]  # noqa: E731
+  epsilon, tangent = jax.jvp(epsilon_of, (zeros, params), (grads, grads))
+  chex.assert_trees_all_equal(tangent, zeros)
+  _, pull = jax.vjp(epsilon_of, zeros, params)
+  chex.assert_trees_all_equal(pull(epsilon), (zeros, zeros))
+  chex.assert_trees_all_equal(pull(params), (zeros, zeros))
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_zero_weights(p, operator):
   params = {"w": jnp.zeros((3, 3, 2, 2)), "v": jnp.array([0.0, 2.0])}
