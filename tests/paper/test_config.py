@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import json
 import math
+import os
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +71,8 @@ class TextShapes(text_task.TextTask):
     self.batch = (words, words, words, jax.ShapeDtypeStruct(rows, jnp.float32))
 
 
-def shapes_of_a_step(config):
+def step_of(config):
+  """(batch -> (state before, state after), the batch's shapes)."""
   task = (TextShapes if config.dataset == "parallel" else ImageShapes)(config)
   recipe = optimizers.make(config, config.epochs * task.steps)
 
@@ -80,7 +83,19 @@ def shapes_of_a_step(config):
         task, recipe, ascend, state, (), batch, jnp.uint32(0)
     )
 
-  return jax.eval_shape(step, task.batch)
+  return step, task.batch
+
+
+def shapes_of_a_step(config):
+  step, batch = step_of(config)
+  return jax.eval_shape(step, batch)
+
+
+def noise(shape):
+  """Some pixels, classes, words or weights."""
+  if jnp.issubdtype(shape.dtype, jnp.floating):
+    return jnp.abs(jax.random.normal(jax.random.key(0), shape.shape))
+  return jnp.arange(math.prod(shape.shape)).reshape(shape.shape) % 7 + 1
 
 
 def steps_to_trace():
@@ -98,14 +113,19 @@ def steps_to_trace():
   return list(chosen.values())
 
 
-# The big networks would take minutes to compile and to run: their whole step, with both
-# passes and the optimizer, is traced for its shapes instead. A small network takes real
-# steps in test_train.py. Rows that differ in numbers alone have the same step, and
-# networks and methods don't know of each other.
+# The big networks take minutes to compile: their whole step, with both passes and the
+# optimizer, is traced for its shapes, and taken only where ASAM_JAX_TESTS_REAL_STEPS is
+# set. A small network takes real steps in test_train.py. Rows that differ in numbers
+# alone have the same step, and networks and methods don't know of each other.
 @pytest.mark.parametrize("config", steps_to_trace(), ids=lambda c: c.name)
 def test_every_row_takes_a_step(config):
   before, after = shapes_of_a_step(config)
   assert after == before  # the state keeps its shapes and types
+  if "ASAM_JAX_TESTS_REAL_STEPS" in os.environ:
+    step, batch = step_of(replace(config, batch_size=4, subwords=128))
+    _, after = jax.jit(step)(jax.tree.map(noise, batch))
+    chex.assert_tree_all_finite(after)
+    assert int(after.sums.total) > 0
 
 
 @pytest.mark.parametrize("model", ["resnet8", "vit_small"])
