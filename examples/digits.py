@@ -193,7 +193,7 @@ def train(
   Args:
     model: the network.
     optimizer: makes the optimizer from a radius; one without a use for it may
-      ignore it. Its update is passed ``grad_fn``.
+      ignore it. Its update is passed ``value`` and ``value_fn``.
     runs: the data of the R runs.
     seeds: R seeds.
     rhos: R radii.
@@ -210,9 +210,10 @@ def train(
   def step(params, opt_state, runs, batch, rho):
     images, labels = runs.train_images[batch], runs.train_labels[batch]
     tx = optax.with_extra_args_support(optimizer(rho))
-    grad_fn = jax.grad(lambda params: cross_entropy(model, params, images, labels))
+    value_fn = lambda params: cross_entropy(model, params, images, labels)  # noqa: E731
+    value, grads = jax.value_and_grad(value_fn)(params)
     updates, opt_state = tx.update(
-        grad_fn(params), opt_state, params, grad_fn=grad_fn
+        grads, opt_state, params, value=value, value_fn=value_fn
     )
     return optax.apply_updates(params, updates), opt_state
 
