@@ -57,18 +57,29 @@ class Result(NamedTuple):
     return self.gain > 2 * np.hypot(self.fixed[self.best][1], self.plain[1])
 
 
-def _scores(row: records.Row) -> list[tuple[float, float]]:
-  return [summary.mean_and_error(100 * np.array(one)) for one in row["accuracy"]]
+# The accuracies of each radius or target, over the seeds.
+_Sweep = dict[float, list[float]]
+
+
+def _scores(sweep: _Sweep) -> list[tuple[float, float]]:
+  return [summary.mean_and_error(100 * np.array(sweep[x])) for x in sorted(sweep)]
+
+
+def _best(tuning: _Sweep, judged: _Sweep) -> int:
+  """Which of those that are judged was the best by validation."""
+  among = sorted(judged)
+  return int(np.argmax([np.mean(tuning.get(number, -np.inf)) for number in among]))
 
 
 def results(rows: Sequence[records.Row], rate: float) -> list[Result]:
   """The cells of which all is there for the rule of this rate, in their order."""
-  latest: dict[Any, records.Row] = {}
+  latest: dict[Any, _Sweep] = {}
   for row in rows:
     config, cell = row["config"], cell_of(row)
     if config.get("rate", rate) != rate:
       continue
-    latest[cell, config["rule"], config["validation"]] = row
+    sweep = latest.setdefault((cell, config["rule"], config["validation"]), {})
+    sweep |= zip(config["numbers"], row["accuracy"], strict=True)
   found = []
   for cell in dict.fromkeys(cell for cell, *_ in latest):
     wanted = [(cell, "plain", False), *((cell, rule, validation)
@@ -77,11 +88,11 @@ def results(rows: Sequence[records.Row], rate: float) -> list[Result]:
       continue
     plain, fixed, tuning, auto, tuning_auto = (latest[key] for key in wanted)
     found.append(Result(
-        cell, _scores(plain)[0], fixed["config"]["numbers"], _scores(fixed),
-        int(np.argmax([mean for mean, _ in _scores(tuning)])),
-        auto["config"]["numbers"], _scores(auto),
-        int(np.argmax([mean for mean, _ in _scores(tuning_auto)])),
-        len(plain["accuracy"][0]),
+        cell, _scores(plain)[0], sorted(fixed), _scores(fixed),
+        _best(tuning, fixed),
+        sorted(auto), _scores(auto),
+        _best(tuning_auto, auto),
+        len(plain[0.0]),
     ))
   return found
 
@@ -174,15 +185,20 @@ def plot(found: Sequence[Result], path: pathlib.Path) -> None:
                   " missing lie below the panel.")
 
 
+def _middle(one: Result) -> float:
+  """Of the seven radii that every network has; the smaller ones come before."""
+  return one.radii[-4]
+
+
 def _panel(axis: Any, here: Sequence[Result], auto: bool) -> None:
   """The cells of one task, against the radius or against the target."""
   for one in here:
     color, marker = LOOKS[one.cell[2:]]
-    xs = one.targets if auto else np.array(one.radii) / one.radii[3]
+    xs = one.targets if auto else np.array(one.radii) / _middle(one)
     mean, error = np.array(one.auto if auto else one.fixed).T
     axis.errorbar(xs, mean, error, color=color, marker=marker, markersize=4, capsize=2,
                   elinewidth=1, label=f"{one.cell[2]}, p = {NORMS[one.cell[3]]}"
-                  f" (middle of the sweep: ρ = {one.radii[3]:g})")
+                  f" (middle of the sweep: ρ = {_middle(one):g})")
   axis.axhline(here[0].plain[0], color="0.4", linestyle="--", linewidth=1,
                label="plain optimizer")
   axis.set_xlabel("target of the cosine" if auto else "ρ / middle of its sweep")
