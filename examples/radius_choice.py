@@ -13,6 +13,7 @@ once, and a task that is made for it may say which labels are.
 
 import argparse
 from collections.abc import Sequence
+import functools
 import itertools
 
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ RECORDS = "choice.jsonl"
 
 def train(
     cell: radius_study.Cell, seeds: Sequence[int], epochs: int, batch_size: int
-) -> np.ndarray:
+) -> records.Row:
   """Last-epoch accuracies on the validation split, [settings, seeds]."""
   halves = digits.load_halves()
   runs, right = (
@@ -61,7 +62,8 @@ def train(
       list(seeds) * len(SETTINGS), np.repeat(range(len(SETTINGS)), len(seeds)).tolist(),
       epochs=epochs, batch_size=batch_size, eval_every=epochs,
   )
-  return outcome.accuracy[-1].reshape(len(SETTINGS), len(seeds))
+  accuracy = outcome.accuracy[-1].reshape(len(SETTINGS), len(seeds))
+  return {"accuracy": accuracy.tolist()}
 
 
 def report(rows: Sequence[records.Row]) -> str:
@@ -103,11 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   for cell, epochs in tqdm.tqdm([(c, e) for c in cells for e in args.epochs]):
     config = {**cell.config(), "settings": SETTINGS, "seeds": list(seeds),
               "epochs": epochs, "batch_size": args.batch_size}
-    if records.find(records.read(path), config) is None:
-      accuracy = train(cell, seeds, epochs, args.batch_size)
-      records.append(path, {"config": config, "accuracy": accuracy.tolist(),
-                            **records.environment()})
-    done.append(records.find(records.read(path), config))
+    outcome = functools.partial(train, cell, seeds, epochs, args.batch_size)
+    done.append(records.once(path, config, outcome))
   text = report(done)
   records.replace(args.results / "choice.md", text)
   print(text)

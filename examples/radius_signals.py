@@ -17,6 +17,7 @@ optimizer, or the points in which it is behind where that gain is below one poin
 
 import argparse
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -146,8 +147,8 @@ def settings_of(cell: radius_study.Cell, tried: Sequence[Setting]) -> list[Setti
 
 def train(
     cell: radius_study.Cell, scene: str, seeds: Sequence[int], steps: int
-) -> tuple[list[Setting], np.ndarray]:
-  """What was tried, and last-epoch accuracies on the validation split for each seed."""
+) -> records.Row:
+  """Last-epoch accuracies on the validation split, [settings, seeds]."""
   batch_size, schedule, tried = SCENES[scene]
   halves = digits.load_halves()
   runs, right = (
@@ -175,7 +176,8 @@ def train(
       list(seeds) * len(settings), np.repeat(range(len(settings)), len(seeds)).tolist(),
       epochs=epochs, batch_size=batch_size, eval_every=epochs,
   )
-  return settings, outcome.accuracy[-1].reshape(len(settings), len(seeds))
+  accuracy = outcome.accuracy[-1].reshape(len(settings), len(seeds))
+  return {"accuracy": accuracy.tolist()}
 
 
 def cells(networks: Sequence[str]) -> list[radius_study.Cell]:
@@ -237,11 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tried = settings_of(cell, SCENES[scene][2])
     config = {**cell.config(), "scene": scene, "settings": [str(x) for x in tried],
               "seeds": list(seeds), "steps": args.steps}
-    if records.find(records.read(path), config) is None:
-      _, accuracy = train(cell, scene, seeds, args.steps)
-      records.append(path, {"config": config, "accuracy": accuracy.tolist(),
-                            **records.environment()})
-    done.append(records.find(records.read(path), config))
+    outcome = functools.partial(train, cell, scene, seeds, args.steps)
+    done.append(records.once(path, config, outcome))
   text = report(done)
   records.replace(args.results / "signals.md", text)
   print(text)

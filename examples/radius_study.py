@@ -18,6 +18,7 @@ finished is not run again by the same command.
 
 import argparse
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -107,7 +108,7 @@ def optimizer(cell: Cell, rule: str, steps: int, rate: float) -> Any:
 def train(
     cell: Cell, rule: str, numbers: Sequence[float], seeds: Sequence[int],
     epochs: int, batch_size: int, validation: bool, rate: float,
-) -> np.ndarray:
+) -> records.Row:
   """Last-epoch accuracies, [numbers, seeds]."""
   halves = digits.load_halves()
   if validation:
@@ -122,7 +123,8 @@ def train(
       list(seeds) * len(numbers), np.repeat(numbers, len(seeds)).tolist(),
       epochs=epochs, batch_size=batch_size, eval_every=epochs,
   )
-  return outcome.accuracy[-1].reshape(len(numbers), len(seeds))
+  accuracy = outcome.accuracy[-1].reshape(len(numbers), len(seeds))
+  return {"accuracy": accuracy.tolist()}
 
 
 def study(args: argparse.Namespace) -> None:
@@ -144,11 +146,10 @@ def study(args: argparse.Namespace) -> None:
         "epochs": args.epochs, "batch_size": args.batch_size, "validation": validation,
         **({"rate": args.rate, "start": START} if rule == "auto" else {}),
     }
-    if records.find(records.read(path), config) is None:
-      accuracy = train(cell, rule, numbers, seeds, args.epochs, args.batch_size,
-                       validation, args.rate)
-      records.append(path, {"config": config, "accuracy": accuracy.tolist(),
-                            **records.environment()})
+    records.once(path, config, functools.partial(
+        train, cell, rule, numbers, seeds, args.epochs, args.batch_size, validation,
+        args.rate,
+    ))
 
 
 def parser() -> argparse.ArgumentParser:

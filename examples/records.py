@@ -4,15 +4,14 @@ A row is a dict. Its ``config`` holds all that decides its numbers, so that a ru
 skip exactly what was run before, and nothing else:
 
     for config in configs:
-      if records.find(records.read(path), config) is None:
-        records.append(path, {"config": config, **outcome, **records.environment()})
+      row = records.once(path, config, lambda: {"accuracy": train(config)})
 
 Files are replaced as a whole: whoever reads one, or interrupts its writer, sees what
 was there before or what is there now, never a part of it. Two processes that append
 to one file would lose each other's rows; give each its own file.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import contextlib
 import datetime
 import importlib.metadata
@@ -70,6 +69,26 @@ def write(path: pathlib.Path, rows: Iterable[Row]) -> None:
 def append(path: pathlib.Path, *rows: Row) -> None:
   """Replaces the file by one with these rows more."""
   write(path, [*read(path), *rows])
+
+
+def once(
+    path: pathlib.Path, config: Mapping[str, Any], outcome: Callable[[], Row]
+) -> Row:
+  """The file's row of this configuration; where it has none, it is made and added.
+
+  Args:
+    path: the file.
+    config: all that decides the outcome.
+    outcome: makes the fields that stand beside the configuration and the environment.
+
+  Returns:
+    The row.
+  """
+  row = find(read(path), config)
+  if row is None:
+    row = {"config": dict(config), **outcome(), **environment()}
+    append(path, row)
+  return row
 
 
 def replace(path: pathlib.Path, content: str | bytes) -> None:
