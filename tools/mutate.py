@@ -45,7 +45,7 @@ TESTS = {
     "_door": "bad_input transform autodiff microbatch m_sharpness functional",
     "_functional": "functional bad_input",
     "_geometry": "normalization bad_input defects ascent autodiff",
-    "_groups": "m_sharpness bad_input",
+    "_groups": "m_sharpness bad_input nnx_groups",
     "_info": "metrics precision",
     "_interop": "user_errors compositions",
     "_mesh": "transform options layouts microbatch_devices",
