@@ -194,6 +194,13 @@ def outcome(mutant: Mutant, copy: Path, limit: float) -> dict[str, object]:
   }
 
 
+def judged(record: dict[str, Any], known: dict[str, str]) -> dict[str, Any]:
+  """The record of a survivor that nobody could tell from the original says so."""
+  if record["outcome"] != "survived" or record["mutant"] not in known:
+    return record
+  return record | {"outcome": "equivalent", "reason": known[record["mutant"]]}
+
+
 def summary_of(records: list[dict[str, object]]) -> dict[str, object]:
   """The score: the share of the mutants that can be told from the original."""
   counted = [r for r in records if r["outcome"] != "equivalent"]
@@ -208,11 +215,12 @@ def summary_of(records: list[dict[str, object]]) -> dict[str, object]:
 
 
 def unseen(everything: list[Mutant], records: Records) -> list[Mutant]:
-  """Mutants that no failing test of the last report has seen."""
+  """Mutants that no failing test of the last report has seen, though one could."""
   was_seen = lambda record: (record["seen_by"] or "").startswith("FAILED")  # noqa: E731
   found = {mutant.place: mutant for mutant in everything}
   return [found[place] for place, record in records.items()
-          if place in found and not was_seen(record)]
+          if place in found and not was_seen(record)
+          and record["outcome"] != "equivalent"]
 
 
 def main() -> None:
@@ -228,18 +236,18 @@ def main() -> None:
   args.out.mkdir(parents=True, exist_ok=True)
   everything = [m for name in TESTS for m in mutants_of(ROOT / f"asam_jax/{name}.py")]
   chosen = random.Random(args.seed).sample(everything, args.sample)
+  known_file = args.out / "equivalent.json"
+  known = json.loads(known_file.read_text()) if known_file.exists() else {}
   records: Records = {}
   drawn = {"seed": args.seed, "sample": args.sample, "mutants": len(everything),
            "drawn": datetime.date.today().isoformat()}
   if args.again:
     lines = (args.out / "report.jsonl").read_text().splitlines()
     of = [json.loads(line) for line in lines]
-    records = {(record["mutant"], record["line"]): record for record in of}
+    records = {(one["mutant"], one["line"]): judged(one, known) for one in of}
     chosen = unseen(everything, records)
     before = json.loads((args.out / "summary.json").read_text())
     drawn = {key: before[key] for key in drawn}
-  known_file = args.out / "equivalent.json"
-  known = json.loads(known_file.read_text()) if known_file.exists() else {}
   with tempfile.TemporaryDirectory() as scratch:
     copy = Path(scratch)
     tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True)
@@ -248,9 +256,8 @@ def main() -> None:
       shutil.copy(ROOT / name, copy / name)
     for mutant in chosen:
       record = outcome(mutant, copy, args.limit)
-      if record["outcome"] == "survived" and mutant.name in known:
-        record |= {"outcome": "equivalent", "reason": known[mutant.name]}
-      records[mutant.place] = record
+      records[mutant.place] = judged(record, known)
+      record = records[mutant.place]
       print(record["outcome"], mutant.name, f"(line {mutant.line})", flush=True)
       lines = [json.dumps(record) + "\n" for record in records.values()]
       (args.out / "report.jsonl").write_text("".join(lines))
