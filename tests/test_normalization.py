@@ -142,6 +142,15 @@ def test_describe_shows_the_filters():
   assert "filterwise, 3 on axis 0" in str(first)
 
 
+def test_a_geometry_at_a_step():
+  scheduled = asam_jax.Geometry(eta=lambda step: 0.25 * step, p=3)
+  assert scheduled.at(2) == asam_jax.Geometry(eta=0.5, p=3)
+  fixed = asam_jax.Geometry(eta=0.5)
+  assert fixed.at(7) is fixed
+  with pytest.raises(ValueError, match=r"eta=-1"):
+    asam_jax.Geometry(eta=lambda step: -1.0).at(0)
+
+
 def test_describe_takes_a_geometry():
   params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
   geometry = asam_jax.Geometry(normalization="layerwise")
