@@ -137,6 +137,7 @@ def measured(arguments: Arguments) -> list[dict[str, Any]]:
   finally:
     os.environ["XLA_FLAGS"] = flags
     for pipe in pipes.values():
+      pipe.send(False)
       pipe.close()
   settings = {k: v for k, v in dataclasses.asdict(arguments).items()
               if k not in ("cases", "output")}

@@ -51,7 +51,7 @@ class Config:
   dropout: float = 0.0
   """Rate of dropout, for networks that have it."""
   conv: Literal["lax", "shifts"] = "lax"
-  """What computes convolutions; "shifts" takes a sixth less time on one CPU, and rounds
+  """What computes convolutions; "shifts" may be faster on one CPU, and rounds
   otherwise."""
   dtype: Literal["float32", "bfloat16"] = "float32"
   """Type of the activations; parameters and their updates stay float32."""

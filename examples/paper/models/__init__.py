@@ -90,8 +90,8 @@ def build(
     classes: the number of logits; of a translator, the size of its vocabulary.
     dtype: of the computation, ``jnp.bfloat16`` for instance; parameters, batch
       statistics and logits are float32.
-    conv: what computes the convolutions: "lax" is XLA's own; "shifts" is faster for 3x3
-      kernels on one CPU and has no forward-mode derivative. Or a function that
+    conv: what computes the convolutions: "lax" is XLA's own; "shifts" may be faster for
+      3x3 kernels on one CPU and has no forward-mode derivative. Or a function that
       ``nn.Conv`` takes as its ``conv_general_dilated``.
     **options: what the network has of its own: ``dropout`` (Wide ResNets, ViTs,
       transformers), ``stem`` (densenet121: "cifar" or "imagenet"), ``shake_drop``
