@@ -132,6 +132,10 @@ def pace_sentence(found: Sequence[groups.Group]) -> str:
           f" ({last}), which says more of the machine than of the methods.")
 
 
+# Who learns less of the training set, in percent, does not learn it by heart.
+_BY_HEART = 75
+
+
 def disappointing(
     found: Sequence[groups.Group], swept: Sequence[groups.Group]
 ) -> str:
@@ -140,35 +144,57 @@ def disappointing(
   if not plain:
     return ""
   base = min(plain, key=lambda g: g.config.epochs)
-  name, label = base.config.table, groups.label(base.config)
+  table, label = base.config.table, groups.label(base.config)
   rows = {
-      g.config.name.removeprefix(f"{name}-"): g
-      for g in found if g.last().mean < base.last().mean
+      g.config.name.removeprefix(f"{table}-"): g
+      for g in found if _score(g) < _score(base)
   }
+  parts = [_tuned(rows, base, label), _auto(rows, base, label)]
+  if look := rows.get("looksam"):
+    tried = [g for g in swept if g.config.name.startswith(f"{table}-looksam-sweep")]
+    parts += [f"LookSAM gets {_shown(look)} at the best of {len(tried)} radii, with"
+              f" {look.training().mean:.1f} % in training."]
+  if less := rows.get("looksam-0.2"):
+    parts += [f"With {less.config.reuse:g} of the direction reused in place of"
+              f" {Config.reuse:g} it gets {_shown(less)}."]
+  return " ".join(filter(None, parts))
+
+
+def _shown(group: groups.Group) -> str:
+  return f"{_score(group):.1f} {'BLEU' if group.bleu() else '%'}"
+
+
+def _tuned(rows: dict[str, groups.Group], base: groups.Group, label: str) -> str:
+  """ASAM and SAM with the radius that validation chose."""
+  behind = [rows[name] for name in ("asam", "sam") if name in rows]
+  if not behind:
+    return ""
+  text = " and ".join(f"{groups.label(g.config)} ({_shown(g)})" for g in behind)
+  text += (f" {'stays' if len(behind) == 1 else 'stay'} behind {label}"
+           f" ({_shown(base)}) with the radius that validation chose.")
+  if base.training().mean < _BY_HEART:
+    text += (f" {label} gets no further than {base.training().mean:.1f} % of the"
+             " training set: nothing is learned by heart yet, and to hold learning"
+             " back costs more than it gives.")
+  return text
+
+
+def _auto(rows: dict[str, groups.Group], base: groups.Group, label: str) -> str:
+  """The radius that sets itself."""
   sentences = []
   if auto := rows.get("auto"):
     sentences += [
         f"The auto radius, which holds the cosine of the two gradients at"
-        f" {auto.config.cosine:g}, gets {auto.last().mean:.1f} % where {label} gets"
-        f" {base.last().mean:.1f} %; its training accuracy is"
-        f" {auto.training().mean:.1f} % where {label}'s is"
-        f" {base.training().mean:.1f} %."
+        f" {auto.config.cosine:g}, gets {_shown(auto)} where {label} gets"
+        f" {_shown(base)}; its training accuracy is {auto.training().mean:.1f} %"
+        f" where {label}'s is {base.training().mean:.1f} %."
     ]
   if milder := rows.get("auto-0.9"):
-    sentences += [f"A target of {milder.config.cosine:g} gives"
-                  f" {milder.last().mean:.1f} %, with {milder.training().mean:.1f} % in"
-                  " training."]
-  if auto and name in ANGLES:
+    sentences += [f"A target of {milder.config.cosine:g} gives {_shown(milder)}, with"
+                  f" {milder.training().mean:.1f} % in training."]
+  if "auto" in rows and base.config.table in ANGLES:
     sentences += ["What tuning finds turns the gradient less: [where the auto radius"
                   " costs accuracy](radius.md#what-it-reaches)."]
-  if look := rows.get("looksam"):
-    tried = [g for g in swept if g.config.name.startswith(f"{name}-looksam-sweep")]
-    sentences += [f"LookSAM gets {look.last().mean:.1f} % at the best of"
-                  f" {len(tried)} radii, with {look.training().mean:.1f} % in"
-                  " training."]
-  if less := rows.get("looksam-0.2"):
-    sentences += [f"With {less.config.reuse:g} of the direction reused in place of"
-                  f" {Config.reuse:g} it gets {less.last().mean:.1f} %."]
   return " ".join(sentences)
 
 

@@ -175,6 +175,18 @@ def test_what_disappoints_on_few_images_is_told_with_its_numbers():
   assert text(records[0]) == ""
 
 
+def test_a_tuned_row_below_the_base_is_told_too():
+  plain, asam = (entry_of(f"vit-small-{name}") for name in ("adamw", "asam"))
+  records = [*runs(plain.config, 0.4), *runs(replace(asam.config, rho=0.125), 0.3)]
+  text = sections.disappointing(groups.group(records), [])
+  assert text == (
+      "AdamW + ASAM (30.0 %) stays behind AdamW (40.0 %) with the radius that"
+      " validation chose. AdamW gets no further than 50.0 % of the training set:"
+      " nothing is learned by heart yet, and to hold learning back costs more than it"
+      " gives."
+  )
+
+
 def test_the_command_on_the_page_is_that_of_the_plan():
   lines = [line for line in page.page([], {}, pages.ROOT).splitlines()
            if line.startswith("    ")]
