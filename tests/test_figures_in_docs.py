@@ -216,3 +216,7 @@ def test_where_the_auto_radius_costs_accuracy():
   assert f"A target of 0.9 gets to {shown['auto-0.9']} %" in flat
   words = "{} % where SGD has {} and ASAM with the tuned radius {} %"
   assert words.format(wrong["auto"], wrong["sgd"], wrong["asam"]) in flat
+  vit = shown_images("vit-small")
+  words = ("{} % where AdamW has {} and ASAM with the tuned radius, the smallest of"
+           " four, {} %")
+  assert words.format(vit["auto"], vit["adamw"], vit["asam"]) in flat
