@@ -90,7 +90,7 @@ SCENES: dict[str, Scene] = {
 def _cosine(one: Any, other: Any) -> jax.Array:
   tree = optax.tree_utils
   lengths = tree.tree_norm(one) * tree.tree_norm(other)
-  return tree.tree_vdot(one, other) / jnp.where(lengths > 0, lengths, 1)
+  return jnp.asarray(tree.tree_vdot(one, other)) / jnp.where(lengths > 0, lengths, 1)
 
 
 def _after_t(observed: asam_jax.Observed, normalization: str) -> jax.Array:
@@ -165,7 +165,8 @@ def train(
 
   def optimizer(number):
     index = jnp.asarray(number, jnp.int32)
-    rule = rule_of(kinds[index], *numbers[index], cell.normalization)
+    cosine, rise, rho = numbers[index]
+    rule = rule_of(kinds[index], cosine, rise, rho, cell.normalization)
     return asam_jax.adaptive_sam(
         base_tx, rule, ETA, cell.p, normalization=cell.normalization
     )
