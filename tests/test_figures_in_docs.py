@@ -207,6 +207,54 @@ def test_how_far_radii_turn_the_gradient():
   assert angle.table(rows) in text("docs/radius.md")
 
 
+def signals(scene, network, *settings):
+  """Shares of the best radius's gain, or accuracies, with wrong labels; T and not."""
+  found = [[] for _ in settings]
+  for row in records.read(RESULTS / "radius/signals.jsonl"):
+    config = row["config"]
+    if (config["scene"], config["network"], config["noise"]) == (scene, network, 0.4):
+      scores = [100 * statistics.mean(one) for one in row["accuracy"]]
+      by_name = dict(zip(config["settings"], scores, strict=True))
+      plain = by_name["fixed 0"]
+      best = max(x for name, x in by_name.items() if name.startswith("fixed"))
+      for each, setting in zip(found, settings, strict=True):
+        score, share = by_name[setting], (by_name[setting] - plain) / (best - plain)
+        of_images = scene == "batches of 16"
+        each.append(f"{score:.1f}" if of_images else f"{100 * share:.0f}")
+  return found
+
+
+def test_what_the_radius_follows_and_what_moves_the_angle():
+  flat = text("docs/radius.md").replace("\n", " ").replace("  ", " ")
+  study, angle_, with_t = "as in the study", "cosine: 0.8", "cosine after T: 0.8"
+  careful = "careful: 0.8, rise 0.5"
+  mlp = signals(study, "mlp", angle_, with_t, "rise 0.17", "rise 0.5", careful)
+  norm = signals(study, "batch_norm_mlp", angle_, with_t, "rise 0.17", careful)
+  large = signals("batches of 256", "mlp", angle_, "cosine: 0.7")
+  small = signals("batches of 16", "mlp", angle_, "fixed 0", "cosine: 0.9")
+  stays, restarted = (
+      signals(f"{kind} rate", "mlp", angle_)[0] for kind in ("constant", "restarted")
+  )
+  words = (
+      f"0.8 gets {mlp[1][0]} % on the MLP, where the plain angle gets {mlp[0][0]} %, and"
+      f" {norm[1][0]} % with batch norm, where that gets {norm[0][0]} %",
+      f"0.17: {mlp[2][0]} and {mlp[2][1]} % on the MLP",
+      f"at 0.5 ({mlp[3][0]} and {mlp[3][1]} %), and with batch norm 0.17 gets"
+      f" {norm[2][0]} and {norm[2][1]} %",
+      f"0.8 and 0.5: {mlp[4][0]} and {mlp[4][1]} % on the MLP, where the angle alone gets"
+      f" {mlp[0][0]} and {mlp[0][1]} %; with batch norm {norm[3][0]} and {norm[3][1]} %,"
+      f" where it gets {norm[0][0]} and {norm[0][1]} %",
+      f"0.8 gets {large[0][0]} and {large[0][1]} % with batches of 256, where 0.7 gets"
+      f" {large[1][0]} and {large[1][1]} %",
+      f"at {small[0][0]} and {small[0][1]} % of the images right where that has"
+      f" {small[1][0]} %, and so does 0.9, at {small[2][0]} and {small[2][1]} %",
+      f"{stays[0]} and {stays[1]} % with a rate that stays, {restarted[0]} and"
+      f" {restarted[1]} % with one that is restarted",
+  )
+  for each in words:
+    assert each in flat
+
+
 def test_where_the_auto_radius_costs_accuracy():
   """The page on the radius tells of it with the numbers of the results."""
   flat = text("docs/radius.md").replace("\n", " ")
