@@ -225,7 +225,7 @@ def signals(scene, network, *settings):
 
 
 def test_what_the_radius_follows_and_what_moves_the_angle():
-  flat = text("docs/radius.md").replace("\n", " ").replace("  ", " ")
+  flat = " ".join(text("docs/radius.md").split())
   study, angle_, with_t = "as in the study", "cosine: 0.8", "cosine after T: 0.8"
   careful = "careful: 0.8, rise 0.5"
   mlp = signals(study, "mlp", angle_, with_t, "rise 0.17", "rise 0.5", careful)
@@ -236,14 +236,14 @@ def test_what_the_radius_follows_and_what_moves_the_angle():
       signals(f"{kind} rate", "mlp", angle_)[0] for kind in ("constant", "restarted")
   )
   words = (
-      f"0.8 gets {mlp[1][0]} % on the MLP, where the plain angle gets {mlp[0][0]} %, and"
-      f" {norm[1][0]} % with batch norm, where that gets {norm[0][0]} %",
+      f"0.8 gets {mlp[1][0]} % on the MLP, where the plain angle gets {mlp[0][0]} %,"
+      f" and {norm[1][0]} % with batch norm, where that gets {norm[0][0]} %",
       f"0.17: {mlp[2][0]} and {mlp[2][1]} % on the MLP",
       f"at 0.5 ({mlp[3][0]} and {mlp[3][1]} %), and with batch norm 0.17 gets"
       f" {norm[2][0]} and {norm[2][1]} %",
-      f"0.8 and 0.5: {mlp[4][0]} and {mlp[4][1]} % on the MLP, where the angle alone gets"
-      f" {mlp[0][0]} and {mlp[0][1]} %; with batch norm {norm[3][0]} and {norm[3][1]} %,"
-      f" where it gets {norm[0][0]} and {norm[0][1]} %",
+      f"0.8 and 0.5: {mlp[4][0]} and {mlp[4][1]} % on the MLP, where the angle alone"
+      f" gets {mlp[0][0]} and {mlp[0][1]} %; with batch norm {norm[3][0]} and"
+      f" {norm[3][1]} %, where it gets {norm[0][0]} and {norm[0][1]} %",
       f"0.8 gets {large[0][0]} and {large[0][1]} % with batches of 256, where 0.7 gets"
       f" {large[1][0]} and {large[1][1]} %",
       f"at {small[0][0]} and {small[0][1]} % of the images right where that has"
