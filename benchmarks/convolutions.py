@@ -15,6 +15,7 @@ a round, and writes a JSON line for each.
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
@@ -119,7 +120,7 @@ def measured(arguments: Arguments) -> list[dict[str, Any]]:
   context = multiprocessing.get_context("spawn")
   names = list(arguments.cases or CASES)
   flags = os.environ.get("XLA_FLAGS", "")
-  pipes, cases = {}, {}
+  pipes = {}
   try:
     for name in names:
       # A new process reads them; this one has its devices already.
@@ -137,7 +138,8 @@ def measured(arguments: Arguments) -> list[dict[str, Any]]:
   finally:
     os.environ["XLA_FLAGS"] = flags
     for pipe in pipes.values():
-      pipe.send(False)
+      with contextlib.suppress(OSError):  # its process has failed, and said why
+        pipe.send(False)
       pipe.close()
   settings = {k: v for k, v in dataclasses.asdict(arguments).items()
               if k not in ("cases", "output")}
@@ -161,6 +163,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   unknown = sorted(set(arguments.cases) - set(CASES))
   if unknown:
     raise SystemExit(f"error: cases={unknown}: there are {', '.join(CASES)}.")
+  try:
+    models.build(arguments.model, 10)
+  except ValueError as error:
+    raise SystemExit(f"error: model={arguments.model}: {error}") from error
   rows = measured(arguments)
   for row in rows:
     print(f"{row['case']:16} {timing.show(row['milliseconds'], 1)} ms,"

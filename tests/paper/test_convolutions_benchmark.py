@@ -38,6 +38,8 @@ def test_a_process_for_each_case(tmp_path, capsys):
   assert "1.000 [1.000, 1.000] of patches" in capsys.readouterr().out
 
 
-def test_an_unknown_case_is_refused():
+def test_an_unknown_case_or_network_is_refused():
+  with pytest.raises(SystemExit, match=r"model=resnet9: .*no such network"):
+    convolutions.main(["--model", "resnet9"])
   with pytest.raises(SystemExit, match=r"cases=.'fft'.: there are XLA, channels first"):
     convolutions.main(["--cases", "fft"])
