@@ -193,7 +193,7 @@ def _panel(axis: Any, rows: Sequence[Row], cost: str) -> None:
     if np.isfinite(getattr(row, cost)):
       style.error_bars(axis, getattr(row, cost), row.mean, row.error, row.method)
   style.scale_by_error(axis)
-  axis.margins(x=0.22, y=0.06)  # room for the names
+  axis.margins(x=0.3, y=0.06)  # room for the names
 
 
 def write(
