@@ -134,7 +134,8 @@ def with_auto(config: Config, *args: Any, **kwargs: Any) -> list[Entry]:
 VIT_ROWS = with_auto(VIT, "adamw", asam=SEVEN)
 # Adam for as many epochs as the others, as in the paper.
 TRANSLATION_ROWS = with_auto(
-    TRANSLATION, "adam", sam=(0.1, 0.2), asam=(0.2, 0.4), share=0.5
+    TRANSLATION, "adam", sam=(0.05, 0.1, 0.2), asam=(0.025, 0.05, 0.1, 0.2, 0.4),
+    share=0.5,
 )
 
 PLAN: tuple[Entry, ...] = (
