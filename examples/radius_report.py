@@ -1,6 +1,6 @@
 """The radius study's table and figure, from the lines of its results."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import pathlib
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from examples import records
 from examples import style
 from examples import summary
 
+SEVEN = 7  # radii of every sweep; smaller ones were added where validation asked for it
 CHOSEN_ON = "mlp"  # the default target comes from its cells, which are no evidence
 NORMS = {"2": "2", "inf": "∞"}
 NAMES = {"mlp": "MLP", "cnn": "CNN", "batch_norm_mlp": "MLP with batch norm",
@@ -71,8 +72,16 @@ def _best(tuning: _Sweep, judged: _Sweep) -> int:
   return int(np.argmax([np.mean(tuning.get(number, -np.inf)) for number in among]))
 
 
-def results(rows: Sequence[records.Row], rate: float) -> list[Result]:
-  """The cells of which all is there for the rule of this rate, in their order."""
+def results(
+    rows: Sequence[records.Row], rate: float, most: int | None = None
+) -> list[Result]:
+  """The cells of which all is there for the rule of this rate, in their order.
+
+  Args:
+    rows: the lines of the results.
+    rate: of the rule.
+    most: so many radii of each cell, the largest ones; None: all.
+  """
   latest: dict[Any, _Sweep] = {}
   for row in rows:
     config, cell = row["config"], cell_of(row)
@@ -87,6 +96,7 @@ def results(rows: Sequence[records.Row], rate: float) -> list[Result]:
     if not all(key in latest for key in wanted):
       continue
     plain, fixed, tuning, auto, tuning_auto = (latest[key] for key in wanted)
+    fixed = {rho: fixed[rho] for rho in sorted(fixed)[-(most or len(fixed)):]}
     found.append(Result(
         cell, _scores(plain)[0], sorted(fixed), _scores(fixed),
         _best(tuning, fixed),
@@ -187,7 +197,7 @@ def plot(found: Sequence[Result], path: pathlib.Path) -> None:
 
 def _middle(one: Result) -> float:
   """Of the seven radii that every network has; the smaller ones come before."""
-  return one.radii[-4]
+  return one.radii[-SEVEN:][SEVEN // 2]
 
 
 def _panel(axis: Any, here: Sequence[Result], auto: bool) -> None:
@@ -209,19 +219,31 @@ def _panel(axis: Any, here: Sequence[Result], auto: bool) -> None:
   axis.set_ylim(low - 0.3 * (top - low), top + 0.1 * (top - low))
 
 
+def _distinct(values: Iterable[Any]) -> str:
+  return " and ".join(str(value) for value in sorted(set(values)))
+
+
 def write(folder: pathlib.Path, rows: Sequence[records.Row], rate: float) -> str:
   """Writes ``radius.md`` and ``radius.png`` into the folder; returns the text."""
   found = results(rows, rate)
   if not found:
     return "no cell of the study is complete yet"
-  row = [one for one in rows if one["config"].get("rate", rate) == rate][-1]
+  made = [row for row in rows if row["config"].get("rate", rate) == rate]
+  config = made[-1]["config"]
   about = (
       f"Test accuracy in % of the last epoch, ± one standard error over"
-      f" {found[0].runs} seeds; {row['config']['epochs']} epochs, batch"
-      f" {row['config']['batch_size']}; {row['device']}, {row['cores']} cores,"
-      f" {row['date']}, jax {row['versions']['jax']}. c: the target of the cosine."
+      f" {found[0].runs} seeds; {config['epochs']} epochs, batch"
+      f" {config['batch_size']}; {_distinct(row['device'] for row in made)},"
+      f" {_distinct(row['cores'] for row in made)} cores,"
+      f" {_distinct(row['date'] for row in made)},"
+      f" jax {_distinct(row['versions']['jax'] for row in made)}."
+      " c: the target of the cosine."
   )
-  text = f"{table(found)}\n\n{about}\n\n{verdict(found)}\n"
+  parts = [table(found), about, verdict(found)]
+  if any(len(one.radii) > SEVEN for one in found):
+    parts += ["With seven radii in every cell, the smaller ones left out:",
+              verdict(results(rows, rate, SEVEN))]
+  text = "\n\n".join(parts) + "\n"
   records.replace(folder / "radius.md", text)
   plot(found, folder / "radius.png")
   return text

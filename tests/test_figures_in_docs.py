@@ -1,12 +1,15 @@
 """Figures in README and documentation are those of the results that are committed."""
 
 import importlib
+import re
 import statistics
 
 import pytest
 
 from benchmarks import compile_time
 from benchmarks import timing
+from examples import radius_report
+from examples import radius_study
 from examples import records
 from examples.frontier_methods import METHODS
 from examples.paper import angle
@@ -255,6 +258,36 @@ def test_what_the_radius_follows_and_what_moves_the_angle():
     assert each in flat
 
 
+def test_what_the_smaller_radii_of_the_attention_network_change():
+  """The page's words are those of the study's two lists."""
+  flat = " ".join(text("docs/radius.md").split())
+  whole, seven = text("results/radius/radius.md").split("With seven radii")
+  found = [[int(x) for x in re.findall(r"(?:c = 0.8:|validation split:) (\d+) %", part)]
+           for part in (seven, whole)]
+  (before, best_before), (after, best_after) = found
+  assert f"the default from {before} to {after} % of the tuned radius's gain" in flat
+  assert f"the best of the three from {best_before} to {best_after} %" in flat
+  rows = records.read(RESULTS / "radius/radius.jsonl")
+  everything = radius_report.results(rows, radius_study.RATE)
+  first = radius_report.results(rows, radius_study.RATE, radius_report.SEVEN)
+  moved = [(one, old) for one, old in zip(everything, first, strict=True)
+           if one.radii[one.best] != old.radii[old.best]]
+  assert {one.cell[0] for one, _ in moved} == {"transformer"}
+  assert len(moved) == 3  # "in three of the six cells"
+  assert all(old.best == 0 for old in first if old.cell[0] == "transformer")
+  worse = {one.cell[1:]: (one.fixed[one.best], old.fixed[old.best])
+           for one, old in moved if one.fixed[one.best] < old.fixed[old.best]}
+  noisy, clean = worse[0.4, "elementwise", "2"], worse[0.0, "none", "2"]
+  words = "{:.1f} ± {:.1f} % where the radius before had {:.1f} ± {:.1f}"
+  assert words.format(*noisy[0], *noisy[1]) in flat
+  words = "{:.1f} ± {:.1f} where it had {:.1f} ± {:.1f}"
+  assert words.format(*clean[0], *clean[1]) in flat
+  assert len(worse) == 2
+  smallest = [one for one in first if one.cell[0] != "transformer" and not one.best]
+  assert len(smallest) == 3
+  assert not any(one.cell[1] for one in smallest)
+
+
 def test_where_the_auto_radius_costs_accuracy():
   """The page on the radius tells of it with the numbers of the results."""
   flat = text("docs/radius.md").replace("\n", " ")
@@ -266,5 +299,5 @@ def test_where_the_auto_radius_costs_accuracy():
   assert words.format(wrong["auto"], wrong["sgd"], wrong["asam"]) in flat
   vit = shown_images("vit-small")
   words = ("{} % where AdamW has {} and ASAM with the tuned radius, the smallest of"
-           " four, {} %")
+           " eight, {} %")
   assert words.format(vit["auto"], vit["adamw"], vit["asam"]) in flat

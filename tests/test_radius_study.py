@@ -73,6 +73,36 @@ def test_the_verdict_is_of_the_cells_that_chose_nothing():
   assert "Best of the three on the validation split: 100 %" in words
 
 
+def a_row(rule, numbers, accuracy, validation):
+  config = dict(network="transformer", noise=0.4, normalization="none", p="2",
+                rule=rule, numbers=numbers, validation=validation, epochs=50,
+                batch_size=64)
+  return dict(config=config, accuracy=[[a, a] for a in accuracy], device="cpu",
+              cores=1 + validation, date="today", versions={"jax": "0.10"})
+
+
+def test_radii_that_were_added_do_not_hide_what_seven_gave(tmp_path):
+  """The smaller ones look better by validation here, and are worse."""
+  radii = [2.0**k for k in range(8)]
+  rows = [a_row("plain", [0.0], [0.5], False)]
+  for validation in (False, True):
+    accuracy = [0.6, 0.9, *[0.55] * 6]
+    if validation:
+      accuracy[0] = 0.95
+    rows += [a_row("fixed", radii[1:], accuracy[1:], validation),
+             a_row("fixed", radii[:1], accuracy[:1], validation),
+             a_row("auto", [0.7, 0.8], [0.5, 0.7], validation)]
+  radius_report.write(tmp_path, rows, 0.05)
+  whole, seven = (tmp_path / "radius.md").read_text("utf-8").split("With seven radii")
+  assert "60.0 ± 0.0 (1)" in whole
+  assert "cpu, 1 and 2 cores, today" in whole
+  assert "c = 0.8: 200 % of the tuned" in whole
+  assert "c = 0.8: 50 % of the tuned" in seven
+  radius_report.write(tmp_path, [
+      one for one in rows if one["config"]["numbers"] != radii[:1]], 0.05)
+  assert "With seven" not in (tmp_path / "radius.md").read_text("utf-8")
+
+
 @pytest.mark.usefixtures("one_cell")
 def test_the_choice_ranks_every_setting(tmp_path, capsys):
   arguments = ["--networks", "mlp", "--seeds", "1", "--epochs", "1", "--results",

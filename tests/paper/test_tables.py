@@ -128,11 +128,11 @@ def test_the_best_radius_at_the_end_of_the_sweep_is_named():
     records = swept(entry_of(name), accuracies)
     return sections.sweep_sentence(groups.group(records, swept=True), records)
 
-  inside = sentence("cifar10-few-asam", {0.25: 0.1, 0.5: 0.3, 1.0: 0.2})
+  inside = sentence("cifar10-few-momentum", {0.25: 0.1, 0.5: 0.3, 1.0: 0.2})
   assert "at the end" not in inside
-  at_end = sentence("cifar10-few-asam", {0.125: 0.4, 0.25: 0.3, 0.5: 0.2, 1.0: 0.2})
-  assert "at the end of what was tried for ASAM (0.125):" in at_end
-  unfinished = sentence("cifar10-few-asam", {0.25: 0.3, 0.5: 0.2})
+  at_end = sentence("cifar10-few-momentum", {0.125: 0.4, 0.25: 0.3, 0.5: 0.2, 1.0: 0.2})
+  assert "at the end of what was tried for adaptive Momentum-SAM (0.125):" in at_end
+  unfinished = sentence("cifar10-few-momentum", {0.25: 0.3, 0.5: 0.2})
   assert "at the end" not in unfinished
 
 
