@@ -1,10 +1,12 @@
 """The pictures of the results, from the records alone."""
 
+import collections
 from collections.abc import Callable, Iterator, Sequence
 import functools
 import pathlib
 from typing import Any, NamedTuple
 
+from matplotlib import colors
 import numpy as np
 
 from examples import style
@@ -61,8 +63,12 @@ _BY_ROW = ("cifar10", "cifar100", "noise")
 _NAME = 0.07
 
 
+# Of a method's first row, its second, and those after it.
+_LINES = ("-", ":", "-.")
+
+
 class _Look(NamedTuple):
-  """How a group is drawn; one colour for each method, hollow if it comes again."""
+  """How a group is drawn; one colour for each method, paler if it comes again."""
 
   name: str
   method: str
@@ -70,7 +76,9 @@ class _Look(NamedTuple):
 
   @property
   def fill(self) -> str:
-    return style.of(self.method).color if self.line == "-" else "white"
+    pale = {"-": 0.0, "-.": 0.6}.get(self.line, 1.0)
+    mine = np.array(colors.to_rgb(style.of(self.method).color))
+    return colors.to_hex((1 - pale) * mine + pale)
 
   @property
   def options(self) -> dict[str, Any]:
@@ -79,11 +87,12 @@ class _Look(NamedTuple):
 
 
 def _looks(found: Sequence[groups.Group]) -> Iterator[_Look]:
-  least, seen = min(g.config.epochs for g in found), set()
+  least = min(g.config.epochs for g in found)
+  seen = collections.Counter()
   for group in found:
     method = groups.style_of(group.config)
-    line = "--" if group.config.epochs > least else ":" if method in seen else "-"
-    seen.add(method)
+    line = "--" if group.config.epochs > least else _LINES[min(seen[method], 2)]
+    seen[method] += 1
     name = groups.label(group.config, least).replace("T_w", "$T_w$")
     yield _Look(name, method, line)
 

@@ -145,11 +145,11 @@ def disappointing(
     return ""
   base = min(plain, key=lambda g: g.config.epochs)
   table, label = base.config.table, groups.label(base.config)
-  rows = {
-      g.config.name.removeprefix(f"{table}-"): g
-      for g in found if _score(g) < _score(base)
-  }
-  parts = [_tuned(rows, base, label), _auto(rows, base, label)]
+  everything = {g.config.name.removeprefix(f"{table}-"): g for g in found}
+  rows = {name: g for name, g in everything.items() if _score(g) < _score(base)}
+  parts = [_tuned(rows, base, label)]
+  if "auto" in rows:
+    parts += [_auto(everything, base, label)]
   if look := rows.get("looksam"):
     tried = [g for g in swept if g.config.name.startswith(f"{table}-looksam-sweep")]
     parts += [f"LookSAM gets {_shown(look)} at the best of {len(tried)} radii, with"
@@ -180,22 +180,22 @@ def _tuned(rows: dict[str, groups.Group], base: groups.Group, label: str) -> str
 
 
 def _auto(rows: dict[str, groups.Group], base: groups.Group, label: str) -> str:
-  """The radius that sets itself."""
-  sentences = []
-  if auto := rows.get("auto"):
-    sentences += [
-        f"The auto radius, which holds the cosine of the two gradients at"
-        f" {auto.config.cosine:g}, gets {_shown(auto)} where {label} gets"
-        f" {_shown(base)}; its training accuracy is {auto.training().mean:.1f} %"
-        f" where {label}'s is {base.training().mean:.1f} %."
-    ]
-  if milder := rows.get("auto-0.9"):
-    sentences += [f"A target of {milder.config.cosine:g} gives {_shown(milder)}, with"
-                  f" {milder.training().mean:.1f} % in training."]
-  if "auto" in rows and base.config.table in ANGLES:
-    sentences += ["What tuning finds turns the gradient less: [where the auto radius"
-                  " costs accuracy](radius.md#what-it-reaches)."]
-  return " ".join(sentences)
+  """The radius that sets itself, with the targets that turn the gradient less."""
+  auto = rows["auto"]
+  text = (
+      f"The auto radius, which holds the cosine of the two gradients at"
+      f" {auto.config.cosine:g}, gets {_shown(auto)} where {label} gets"
+      f" {_shown(base)}; its training accuracy is {auto.training().mean:.1f} %"
+      f" where {label}'s is {base.training().mean:.1f} %."
+  )
+  for name, milder in rows.items():
+    if name.startswith("auto-"):
+      text += (f" A target of {milder.config.cosine:g} gives {_shown(milder)}, with"
+               f" {milder.training().mean:.1f} % in training.")
+  if base.config.table in ANGLES:
+    text += (" What tuning finds turns the gradient less: [where the auto radius"
+             " costs accuracy](radius.md#what-it-reaches).")
+  return text
 
 
 def sweep_sentence(

@@ -99,9 +99,9 @@ def auto(config: Config) -> Entry:
   return Entry(row(config, "auto", method="auto"))
 
 
-def auto_milder(config: Config) -> Entry:
+def auto_milder(config: Config, cosine: float) -> Entry:
   """The same with a target that turns the gradient less."""
-  return Entry(row(config, "auto-0.9", method="auto", cosine=0.9))
+  return Entry(row(config, f"auto-{cosine:g}", method="auto", cosine=cosine))
 
 
 def cheaper(config: Config) -> list[Entry]:
@@ -143,14 +143,16 @@ PLAN: tuple[Entry, ...] = (
     doubled(FEW),
     auto(FEW),
     *cheaper(FEW),
-    auto_milder(FEW),
+    auto_milder(FEW, 0.9),
     *basic(WORSE, asam=SEVEN),
     auto(WORSE),
     *VIT_ROWS[:3],
     *TRANSLATION_ROWS[:3],
+    # The angle that tuned radii have where training ends before it is learned by heart.
+    *(auto_milder(config, 0.98) for config in (VIT, FEW, WORSE, TRANSLATION)),
     VIT_ROWS[3],
     TRANSLATION_ROWS[3],
-    auto_milder(WORSE),
+    auto_milder(WORSE, 0.9),
     *like(CIFAR100, FEW),
     *like(NOISY, WORSE),
     # Whether it is the reused direction that holds LookSAM back.
