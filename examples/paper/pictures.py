@@ -77,8 +77,10 @@ class _Look(NamedTuple):
   @property
   def fill(self) -> str:
     pale = {"-": 0.0, "-.": 0.6}.get(self.line, 1.0)
-    mine = np.array(colors.to_rgb(style.of(self.method).color))
-    return colors.to_hex((1 - pale) * mine + pale)
+    red, green, blue = (
+        (1 - pale) * part + pale for part in colors.to_rgb(style.of(self.method).color)
+    )
+    return colors.to_hex((red, green, blue))
 
   @property
   def options(self) -> dict[str, Any]:

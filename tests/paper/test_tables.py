@@ -337,6 +337,19 @@ def test_methods_of_one_cost_stand_apart_and_the_worst_beneath(drawings, tmp_pat
   assert (tmp_path / "x.png").stat().st_size < 300_000
 
 
+def test_three_targets_of_the_auto_radius_can_be_told_apart(drawings, tmp_path):
+  targets = [replace(ASAM, method="auto", name=f"auto-{c}", cosine=c, rho=0.0)
+             for c in (0.8, 0.9, 0.98)]
+  records = [one for config in (SGD, *targets) for one in runs(config, 0.6, 0.61)]
+  pictures.draw_methods(groups.group(records), tmp_path / "x.png")
+  curves, _ = drawings[0].axes
+  color = style.of("auto").color
+  mine = [line for line in curves.get_lines() if line.get_color() == color]
+  assert len(mine) == 3
+  assert len({line.get_markerfacecolor() for line in mine}) == 3
+  assert len({line.get_linestyle() for line in mine}) == 3
+
+
 def test_noise_is_drawn_as_a_curve_for_each_method(drawings, tmp_path):
   records = [
       one for config in configs.label_noise()
