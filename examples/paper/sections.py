@@ -165,8 +165,12 @@ def _shown(group: groups.Group) -> str:
 
 
 def _tuned(rows: dict[str, groups.Group], base: groups.Group, label: str) -> str:
-  """ASAM and SAM with the radius that validation chose."""
-  behind = [rows[name] for name in ("asam", "sam") if name in rows]
+  """ASAM and SAM with the radius that validation chose, if it is more than noise."""
+  behind = []
+  for group in [rows[name] for name in ("asam", "sam") if name in rows]:
+    gap = groups.difference(_value(base), _value(group))
+    if gap and not gap.mean < gap.error:  # which is NaN of a single run
+      behind.append(group)
   if not behind:
     return ""
   text = " and ".join(f"{groups.label(g.config)} ({_shown(g)})" for g in behind)
@@ -224,7 +228,11 @@ def sweep_sentence(
 
 
 def _score(group: groups.Group) -> float:
-  return (group.bleu() or group.last()).mean
+  return _value(group).mean
+
+
+def _value(group: groups.Group) -> groups.Value:
+  return group.bleu() or group.last()
 
 
 def _is_done(tried: groups.Group, records: Sequence[Mapping[str, Any]]) -> bool:

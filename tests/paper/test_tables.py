@@ -185,6 +185,10 @@ def test_a_tuned_row_below_the_base_is_told_too():
       " nothing is learned by heart yet, and to hold learning back costs more than it"
       " gives."
   )
+  within = [*runs(plain.config, 0.40, 0.44), *runs(asam.config, 0.39, 0.43)]
+  assert not sections.disappointing(groups.group(within), [])
+  beyond = [*runs(plain.config, 0.40, 0.41), *runs(asam.config, 0.35, 0.36)]
+  assert "stays behind" in sections.disappointing(groups.group(beyond), [])
 
 
 def test_the_command_on_the_page_is_that_of_the_plan():
