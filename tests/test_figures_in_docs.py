@@ -307,3 +307,13 @@ def test_where_the_auto_radius_costs_accuracy():
   words = ("{} % where AdamW has {} and ASAM with the tuned radius, the smallest of"
            " eight, {} %")
   assert words.format(vit["auto"], vit["adamw"], vit["asam"]) in flat
+  assert f"A target of 0.98 gets to {vit['auto-0.98']} %" in flat
+  bleu = {}
+  for row in records.read(RESULTS / "paper/multi30k.jsonl"):
+    if not row["config"]["validation"]:
+      bleu.setdefault(row["name"], []).append(row["history"][-1]["bleu"])
+  adam, (auto,) = bleu["multi30k-adam"], bleu["multi30k-auto"]
+  assert len(adam) == 3
+  words = "{:.1f} BLEU (one seed so far) where AdamW has {:.1f} ± {:.1f}."
+  error = statistics.stdev(adam) / len(adam) ** 0.5
+  assert words.format(auto, statistics.mean(adam), error) in flat

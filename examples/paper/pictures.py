@@ -93,7 +93,9 @@ def _looks(found: Sequence[groups.Group]) -> Iterator[_Look]:
   seen = collections.Counter()
   for group in found:
     method = groups.style_of(group.config)
-    line = "--" if group.config.epochs > least else _LINES[min(seen[method], 2)]
+    line = _LINES[min(seen[method], len(_LINES) - 1)]
+    if group.config.epochs > least:
+      line = "--"
     seen[method] += 1
     name = groups.label(group.config, least).replace("T_w", "$T_w$")
     yield _Look(name, method, line)
