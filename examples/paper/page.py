@@ -28,7 +28,8 @@ Accuracies are percentages of the whole test set after the last epoch, as mean Â
 standard error over seeds; "training" is the mean over the last epoch's own batches, as
 they were augmented, and says how much of the training set was learned. Radii were
 chosen on 5,000 held-out training images (of text, on its validation set) with the first
-seed, never with the test set; the radii that were tried stand below each table.
+seed, never with the test set, and of equal scores the lower loss decided; the radii
+that were tried stand below each table.
 "Gradients" are passes over the training set, where a step with a second gradient counts
 twice. FLOPs are those of the convolutions and products (the backward pass counted as
 two forward passes), for one run. Minutes are the processor's, over its cores together,

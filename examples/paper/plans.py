@@ -17,8 +17,9 @@ class Sweep:
   """Radii to choose from on a validation split, with the first seed.
 
   If the best is at an end of those that were tried, the next one beyond is tried too,
-  twice or half as large, ``extensions`` times at most. Its runs take ``share`` of the
-  epochs, on a schedule of their own.
+  twice or half as large, ``extensions`` times at most. Of equal scores the one with
+  the lower loss is the best. Its runs take ``share`` of the epochs, on a schedule of
+  their own.
   """
 
   radii: tuple[float, ...]
@@ -68,7 +69,7 @@ def sweep_state(
     if missing:
       return None, missing
     scores = {
-        rho: results.score(records[key_of(c)])
+        rho: results.rank(records[key_of(c)])
         for rho, c in runs.items() if key_of(c) in records
     }
     if not scores:

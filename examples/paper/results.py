@@ -66,6 +66,11 @@ def score(record: dict[str, Any]) -> float:
   return record["history"][-1].get("bleu", accuracy(record))
 
 
+def rank(record: dict[str, Any]) -> tuple[float, float]:
+  """What decides between two radii: the score, and of equal ones the lower loss."""
+  return score(record), -record["history"][-1]["loss"]
+
+
 def summary(record: dict[str, Any]) -> str:
   """A run in a few words."""
   last = record["history"][-1]

@@ -8,6 +8,7 @@ from examples.paper import comparison
 from examples.paper import groups
 from examples.paper import plans
 from examples.paper import published
+from examples.paper import results
 from examples.paper import small
 from examples.paper.config import Config
 from examples.paper.config import from_json
@@ -219,12 +220,16 @@ def sweep_sentence(
       f"{name} ({best.config.rho:g})"
       for name, tries in methods.items()
       if _is_done(tries[0], records)
-      and (best := max(tries, key=_score)) in (tries[0], tries[-1])
+      and (best := max(tries, key=_rank)) in (tries[0], tries[-1])
   ]
   if ends:
     text += (f" The best is at the end of what was tried for {' and '.join(ends)}: a"
              " radius beyond it may be better still.")
   return text
+
+
+def _rank(tried: groups.Group) -> tuple[float, float]:
+  return results.rank(tried.runs[0])
 
 
 def _score(group: groups.Group) -> float:
