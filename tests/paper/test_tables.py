@@ -81,7 +81,7 @@ def test_rows_stand_in_the_order_of_the_plan_and_the_missing_are_named():
   text = "\n".join(sections.small_table(double.table, records))
   assert 0 < text.index("| ASAM |") < text.index("| SGD, 2 × epochs |")
   missing = next(line for line in text.splitlines() if line.startswith("Not trained"))
-  assert "SGD; ASAM (1 of 3 seeds); SAM; ASAM, auto radius; ASAM in the" in missing
+  assert "SGD; ASAM (1 of 5 seeds); SAM; ASAM, auto radius; ASAM in the" in missing
   assert "2 × epochs" not in missing
 
 
