@@ -295,6 +295,14 @@ def test_where_the_auto_radius_costs_accuracy():
   sgd, asam, auto = (shown[name] for name in ("sgd", "asam", "auto"))
   assert f"{auto} % where SGD has {sgd} and ASAM with the tuned radius {asam} %" in flat
   assert f"A target of 0.9 gets to {shown['auto-0.9']} %" in flat
+  tried = {
+      row["config"]["rho"]: row["history"][-1]
+      for row in records.read(RESULTS / "paper/cifar10-few.jsonl")
+      if row["name"].startswith("cifar10-few-asam-sweep-")
+  }
+  assert "ρ = 0.0625 has as many images right, and a higher loss" in flat
+  assert tried[0.0625]["accuracy"] == tried[0.25]["accuracy"]
+  assert tried[0.0625]["loss"] > tried[0.25]["loss"]
   assert f"to what the tuned radius has: {shown['auto-0.98']} %" in flat
   words = "{} % where SGD has {} and ASAM with the tuned radius {} %"
   assert words.format(wrong["auto"], wrong["sgd"], wrong["asam"]) in flat

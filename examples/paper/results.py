@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import math
 import pathlib
 from typing import Any
 
@@ -68,7 +69,8 @@ def score(record: dict[str, Any]) -> float:
 
 def rank(record: dict[str, Any]) -> tuple[float, float]:
   """What decides between two radii: the score, and of equal ones the lower loss."""
-  return score(record), -record["history"][-1]["loss"]
+  loss = record["history"][-1]["loss"]
+  return score(record), -math.inf if math.isnan(loss) else -loss
 
 
 def summary(record: dict[str, Any]) -> str:

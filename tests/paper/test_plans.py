@@ -76,10 +76,11 @@ def test_the_best_radius_of_the_sweep_is_taken(accuracies, expected):
   ]
 
 
-def test_of_equal_scores_the_lower_loss_decides():
+@pytest.mark.parametrize("first", [1.2, float("nan")])
+def test_of_equal_scores_the_lower_loss_decides(first):
   sweep = list(plans.missing([SWEPT], {}))
   scores = finished((c, 0.5) for c in sweep)
-  for config, loss in zip(sweep, (1.2, 1.1, 1.3), strict=True):
+  for config, loss in zip(sweep, (first, 1.1, 1.3), strict=True):
     scores[key_of(config)]["history"][-1]["loss"] = loss
   assert plans.chosen([SWEPT], SWEPT, scores) == 1.0
 
