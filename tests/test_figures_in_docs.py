@@ -306,7 +306,8 @@ def test_where_the_auto_radius_costs_accuracy():
   assert f"to what the tuned radius has: {shown['auto-0.98']} %" in flat
   words = "{} % where SGD has {} and ASAM with the tuned radius {} %"
   assert words.format(wrong["auto"], wrong["sgd"], wrong["asam"]) in flat
-  assert f"A target of 0.98 gets to {wrong['auto-0.98']} %, above SGD" in flat
+  words = "Targets of 0.9 and 0.98 get to {} and {} %, above SGD"
+  assert words.format(wrong["auto-0.9"], wrong["auto-0.98"]) in flat
   vit = shown_images("vit-small")
   words = ("{} % where AdamW has {} and ASAM with the tuned radius, the smallest of"
            " eight, {} %")

@@ -149,13 +149,13 @@ PLAN: tuple[Entry, ...] = (
     auto_milder(FEW, 0.9),
     *basic(WORSE, asam=SEVEN, seeds=FIVE),
     auto(WORSE, FIVE),
+    auto_milder(WORSE, 0.9),
     *VIT_ROWS[:3],
     *TRANSLATION_ROWS[:3],
     # The angle that tuned radii have where training ends before it is learned by heart.
     *(auto_milder(config, 0.98) for config in (VIT, FEW, WORSE, TRANSLATION)),
     VIT_ROWS[3],
     TRANSLATION_ROWS[3],
-    auto_milder(WORSE, 0.9),
     *like(CIFAR100, FEW),
     *like(NOISY, WORSE),
     # Whether it is the reused direction that holds LookSAM back.
