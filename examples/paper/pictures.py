@@ -161,7 +161,9 @@ def _against_cost(
     axis: Any, found: Sequence[groups.Group], looks: Sequence[_Look]
 ) -> list[float]:
   """Points beside each other where costs are equal; returns what is below the axis."""
-  low = _lowest([_score(g).mean for g in found])
+  low, base = _lowest([_score(g).mean for g in found]), _base(found)
+  if base:  # what the others are compared with
+    low = min(low, _score(base).mean)
   below = sorted(v for g in found if (v := _score(g).mean) < low)
   costs = [g.gradients() for g in found]
   width = max(costs) - min(costs) or max(costs)
@@ -176,7 +178,7 @@ def _against_cost(
       _at_the_edge(axis, x, below.index(value.mean), value, look)
     else:
       style.error_bars(axis, x, *value, look.method, **look.options)
-  if base := _base(found):
+  if base:
     axis.axhline(_score(base).mean, color=style.of("sgd").color, linestyle="--",
                  linewidth=0.8, alpha=0.6, zorder=0)
   _room_below(axis, len(below))

@@ -341,6 +341,17 @@ def test_methods_of_one_cost_stand_apart_and_the_worst_beneath(drawings, tmp_pat
   assert (tmp_path / "x.png").stat().st_size < 300_000
 
 
+def test_the_base_is_never_beneath(drawings, tmp_path):
+  """However far behind, for the others are compared with it."""
+  sam = replace(ASAM, method="sam", name="sam")
+  records = [*runs(SGD, 0.38, 0.39), *runs(ASAM, 0.51, 0.52, gradients=2.0),
+             *runs(sam, 0.52, 0.53, gradients=2.0)]
+  pictures.draw_methods(groups.group(records), tmp_path / "x.png")
+  _, costs = drawings[0].axes
+  assert not costs.texts
+  assert 30 < costs.get_ylim()[0] < 38.5
+
+
 def test_three_targets_of_the_auto_radius_can_be_told_apart(drawings, tmp_path):
   targets = [replace(ASAM, method="auto", name=f"auto-{c}", cosine=c, rho=0.0)
              for c in (0.8, 0.9, 0.98)]
