@@ -177,13 +177,13 @@ def test_times_of_one_gradient():
       assert timing.show(row["time"][1]) in flat
 
 
-def few_images(table="cifar10-few"):
-  """The test accuracies of each row of a table, by name and radius."""
+def few_images(table="cifar10-few", what="accuracy"):
+  """The accuracies of each row of a table after its last epoch, by name and radius."""
   found = {}
   for row in records.read(RESULTS / f"paper/{table}.jsonl"):
     if not row["config"]["validation"]:
       name = (row["name"].removeprefix(f"{table}-"), row["config"]["rho"])
-      found.setdefault(name, []).append(100 * row["history"][-1]["accuracy"])
+      found.setdefault(name, []).append(100 * row["history"][-1][what])
   return {key: values for key, values in found.items() if len(values) >= 3}
 
 
@@ -295,6 +295,13 @@ def test_where_the_auto_radius_costs_accuracy():
   sgd, asam, auto = (shown[name] for name in ("sgd", "asam", "auto"))
   assert f"{auto} % where SGD has {sgd} and ASAM with the tuned radius {asam} %" in flat
   assert f"A target of 0.9 gets to {shown['auto-0.9']} %" in flat
+  learned = {
+      name: statistics.mean(found)
+      for (name, _), found in few_images(what="train_accuracy").items()
+  }
+  words = ("{auto:.1f} % of the training images are learned, where SGD learns"
+           " {sgd:.1f} %.")
+  assert words.format(**learned) in flat
   tried = {
       row["config"]["rho"]: row["history"][-1]
       for row in records.read(RESULTS / "paper/cifar10-few.jsonl")
@@ -312,6 +319,8 @@ def test_where_the_auto_radius_costs_accuracy():
   words = ("{} % where AdamW has {} and ASAM with the tuned radius, the smallest of"
            " eight, {} %")
   assert words.format(vit["auto"], vit["adamw"], vit["asam"]) in flat
+  learned = few_images("vit-small", "train_accuracy")["adamw", 0.0]
+  assert f"which learns {statistics.mean(learned):.1f} % of its 2,000 images" in flat
   assert f"A target of 0.98 gets to {vit['auto-0.98']} %" in flat
   bleu = {}
   for row in records.read(RESULTS / "paper/multi30k.jsonl"):
